@@ -1,0 +1,1 @@
+"""What is asked: types, readers, sampling, manifests and loading of episodes."""

@@ -1,0 +1,1 @@
+"""Who answers: the method interface, the controls and the ported methods."""

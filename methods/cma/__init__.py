@@ -1,0 +1,1 @@
+"""CMA: cross-modal affinity (hengliusky/Few_shot_RVOS)."""

@@ -1,0 +1,1 @@
+"""Dataset facts as data: classes with ids, groups, published counts."""
