@@ -1,0 +1,88 @@
+"""Image backbones by name, each a module `(N,3,H,W) -> four feature maps at strides 4, 8, 16 and 32`.
+
+Every backbone has `channels` (width of each map), `temporal` (whether the frames of a clip see each other) and
+`forward(frames, clip_frames)`. Parameter names are those that upstream checkpoints carry behind `backbone.0.body.`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torchvision
+from timm.layers import GroupNorm
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+from fewref.episodes.errors import InputError, near
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class FrozenResNet(IntermediateLayerGetter):
+    """torchvision's bottleneck ResNet (v1.5) without pooling and classifier; batch norm is four buffers (cma.md 3.2).
+
+    name: a torchvision builder such as "resnet50". Names of the state dict: conv1, bn1, layer1.0.conv1, ...
+    """
+
+    channels = (256, 512, 1024, 2048)
+    temporal = False
+
+    def __init__(self, name: str) -> None:
+        network = torchvision.models.get_model(name, weights=None, norm_layer=FrozenBatchNorm2d)
+        super().__init__(network, {stage: stage for stage in STAGES})
+
+    def forward(self, frames: Tensor, clip_frames: int = 1) -> list[Tensor]:
+        """frames float (N,3,H,W), normalised -> four maps float (N,C,ceil(H/s),ceil(W/s)), s = 4, 8, 16, 32."""
+        return list(super().forward(frames).values())
+
+
+class TinyResNet(nn.Module):
+    """A residual network for training from scratch on small clips: one basic block per stage (timm's ResNet).
+
+    Group norm in place of batch norm, since a batch holds few frames and these resemble each other.
+    """
+
+    temporal = False
+
+    def __init__(self, channels: tuple[int, int, int, int] = (24, 48, 96, 160), groups: int = 8) -> None:
+        super().__init__()
+        if any(width % groups for width in channels):
+            raise InputError(f"tiny_resnet: channels {channels} are no multiples of groups={groups}; choose others")
+        self.channels = tuple(channels)
+        network = ResNet(
+            BasicBlock,
+            layers=(1, 1, 1, 1),
+            channels=self.channels,
+            stem_type="deep",
+            stem_width=16,
+            norm_layer=partial(GroupNorm, num_groups=groups),
+            zero_init_last=False,
+        )
+        self.stem = nn.Sequential(network.conv1, network.bn1, network.act1, network.maxpool)
+        for stage in STAGES:
+            self.add_module(stage, getattr(network, stage))
+
+    def forward(self, frames: Tensor, clip_frames: int = 1) -> list[Tensor]:
+        """frames float (N,3,H,W), normalised -> four maps float (N,C,ceil(H/s),ceil(W/s)), s = 4, 8, 16, 32."""
+        x, maps = self.stem(frames), []
+        for stage in STAGES:
+            x = getattr(self, stage)(x)
+            maps.append(x)
+        return maps
+
+
+BACKBONES: dict[str, Callable[..., nn.Module]] = {
+    "resnet50": partial(FrozenResNet, "resnet50"),
+    "resnet101": partial(FrozenResNet, "resnet101"),
+    "tiny_resnet": TinyResNet,
+}
+
+
+def build_backbone(name: str, **options: object) -> nn.Module:
+    """Build a backbone with fresh weights; `options` go to its constructor. Raises InputError for an unknown name."""
+    if name not in BACKBONES:
+        raise InputError(f"unknown backbone {name!r}: {near(name, BACKBONES)}")
+    return BACKBONES[name](**options)
