@@ -17,6 +17,8 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from fewref.episodes.errors import InputError, near
+from fewref.methods.layers.swin import SWIN_SIZES, Swin
+from fewref.methods.layers.video_swin import VIDEO_SWIN_SIZES, VideoSwin
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -78,6 +80,8 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet50": partial(FrozenResNet, "resnet50"),
     "resnet101": partial(FrozenResNet, "resnet101"),
     "tiny_resnet": TinyResNet,
+    **{f"swin_{size}_p4w7": partial(Swin, **options) for size, options in SWIN_SIZES.items()},
+    **{f"video_swin_{size}_p4w7": partial(VideoSwin, **options) for size, options in VIDEO_SWIN_SIZES.items()},
 }
 
 
