@@ -6,8 +6,10 @@ Every backbone has `channels` (width of each map), `temporal` (whether the frame
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torchvision
 from timm.layers import GroupNorm
@@ -19,6 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from fewref.episodes.errors import InputError, near
 from fewref.methods.layers.swin import SWIN_SIZES, Swin
 from fewref.methods.layers.video_swin import VIDEO_SWIN_SIZES, VideoSwin
+from fewref.methods.weights import load_checkpoint, load_strict
 
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
@@ -85,8 +88,27 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+# Parts of published classifiers that a backbone has no use for.
+CLASSIFIER_PARTS = ("fc.*", "head.*", "cls_head.*", "norm.*", "*.num_batches_tracked", "*.attn_mask")
+
+
 def build_backbone(name: str, **options: object) -> nn.Module:
     """Build a backbone with fresh weights; `options` go to its constructor. Raises InputError for an unknown name."""
     if name not in BACKBONES:
         raise InputError(f"unknown backbone {name!r}: {near(name, BACKBONES)}")
     return BACKBONES[name](**options)
+
+
+def load_pretrained(backbone: nn.Module, path: Path) -> None:
+    """Fill a backbone with published classification weights: ImageNet or, for Video-Swin, Kinetics.
+
+    The temporal patch kernel of Video-Swin is summed over time, since ours spans one frame (cma.md section 5); norms of
+    outputs, which classifiers lack, keep their values. Raises InputError where the file does not fit.
+    """
+    state = {name.removeprefix("backbone."): tensor for name, tensor in load_checkpoint(path).items()}
+    patch = state.get("patch_embed.proj.weight")
+    if patch is not None and patch.ndim == 5:
+        state["patch_embed.proj.weight"] = patch.sum(dim=2, keepdim=True)
+    own = backbone.state_dict()
+    fresh = {name: own[name] for name in own if re.fullmatch(r"norm\d\.\w+", name)}
+    load_strict(backbone, {**fresh, **state}, CLASSIFIER_PARTS, path)
