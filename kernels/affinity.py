@@ -1,0 +1,17 @@
+"""CMA's affinity: single-head attention of every query pixel to the pixels of one or more key frames."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def affinity(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """softmax over the keys of (keys . query) / sqrt(C), times the values; no mask, no dropout.
+
+    query: (B,N,C); keys: (B,M,C); values: (B,M,V). Returns (B,N,V). Never holds the N x M matrix where PyTorch has a
+    fused attention kernel. Source: kernels specification 2 (hengliusky/Few_shot_RVOS).
+    """
+    # Token-major copies with a head axis: on transposed views PyTorch falls back to the unfused form without a word.
+    query, keys, values = (tensor.contiguous().unsqueeze(1) for tensor in (query, keys, values))
+    return F.scaled_dot_product_attention(query, keys, values).squeeze(1)

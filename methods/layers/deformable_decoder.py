@@ -1,0 +1,195 @@
+"""The deformable decoder with boxes refined layer by layer, and the whole deformable transformer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fewref.kernels.deformable_attention import Shapes
+from fewref.methods.layers.deformable import DeformableEncoder, MSDeformAttn, valid_ratio
+from fewref.methods.layers.mlp import MLP, xavier_matrices
+from fewref.methods.layers.position import sine_anchors
+
+
+class DeformableDecoderLayer(nn.Module):
+    """Self attention among the queries of a frame, deformable attention to the memory, feed-forward part.
+
+    The norms are numbered as in upstream checkpoints: they act in the order 2, 1, 3.
+    """
+
+    def __init__(self, channels: int, heads: int, ffn: int, dropout: float, levels: int, points: int) -> None:
+        super().__init__()
+        self.cross_attn = MSDeformAttn(channels, levels, heads, points)
+        self.norm1 = nn.LayerNorm(channels)
+        self.self_attn = nn.MultiheadAttention(channels, heads, dropout=dropout, batch_first=True)
+        self.norm2 = nn.LayerNorm(channels)
+        self.linear1 = nn.Linear(channels, ffn)
+        self.linear2 = nn.Linear(ffn, channels)
+        self.norm3 = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, positions: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, padding: Tensor | None
+    ) -> Tensor:
+        """x and positions (N,Q,C), references (N,Q,L,2|4), memory (N,S,C), padding bool (N,S) -> (N,Q,C)."""
+        placed = x + positions
+        x = self.norm2(x + self.dropout(self.self_attn(placed, placed, x, need_weights=False)[0]))
+        x = self.norm1(x + self.dropout(self.cross_attn(x + positions, references, memory, shapes, padding)))
+        hidden = self.dropout(self.linear1(x).relu())
+        return self.norm3(x + self.dropout(self.linear2(hidden)))
+
+
+class DeformableDecoder(nn.Module):
+    """A stack of decoder layers; `bbox_embed` (one MLP per layer) refines the reference after each.
+
+    use_dab: the queries are anchor boxes whose embedding is their position (DAB-DETR, Liu et al., ICLR 2022).
+    """
+
+    bbox_embed: nn.ModuleList
+
+    def __init__(self, layers: int, channels: int, *layer: object, use_dab: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(DeformableDecoderLayer(channels, *layer) for _ in range(layers))
+        self.channels, self.use_dab = channels, use_dab
+        if use_dab:
+            self.query_scale = MLP(channels, channels, channels, 2)
+            self.ref_point_head = MLP(2 * channels, channels, channels, 2)
+
+    def forward(
+        self,
+        content: Tensor,
+        positions: Tensor | None,
+        references: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        valid_ratios: Tensor,
+        padding: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """content (N,Q,C); positions (N,Q,C), or None with use_dab; references (Q,4) with use_dab, else (N,Q,2);
+        memory (N,S,C); valid_ratios (N,L,2); padding bool (N,S).
+
+        Returns the states (layers,N,Q,C) and the refined boxes (layers,N,Q,4), which carry no gradient.
+        """
+        x, states, boxes = content, [], []
+        for index, layer in enumerate(self.layers):
+            placed = place_references(references, valid_ratios)
+            if self.use_dab:
+                positions = self._anchor_positions(x, placed[:, :, 0], first=index == 0)
+            x = layer(x, positions, placed, memory, shapes, padding)
+            references = refine(self.bbox_embed[index](x), references).detach()
+            states.append(x)
+            boxes.append(references)
+        return torch.stack(states), torch.stack(boxes)
+
+    def _anchor_positions(self, x: Tensor, anchors: Tensor, first: bool) -> Tensor:
+        raw = self.ref_point_head(sine_anchors(anchors, self.channels // 2))
+        return raw if first else self.query_scale(x) * raw
+
+
+def place_references(references: Tensor, valid_ratios: Tensor) -> Tensor:
+    """References seen from every padded level: (N,Q,2|4) with valid_ratios (N,L,2) -> (N,Q,L,2|4).
+
+    Anchors without a batch axis, (Q,4), pair their coordinates with the *levels*: level 0 sees the box (cx,cx,cx,cx),
+    level 1 (cy,cy,cy,cy), and so on. Published CMA weights are trained with this (CMA specification 3.6), so it is
+    kept; it needs four levels and raises ValueError for any other number.
+    """
+    ratios = valid_ratios[:, None]
+    if references.dim() == 2:
+        if valid_ratios.shape[1] != references.shape[1]:
+            raise ValueError(f"anchors need {references.shape[1]} levels, not {valid_ratios.shape[1]}")
+        return references[None, :, :, None] * torch.cat((ratios, ratios), -1)
+    if references.shape[-1] == 4:
+        ratios = torch.cat((ratios, ratios), -1)
+    return references[:, :, None] * ratios
+
+
+def refine(offsets: Tensor, references: Tensor) -> Tensor:
+    """Boxes cxcywh in [0,1], float32 (...,4): the references, boxes (...,4) or points (...,2), moved by offsets (...,4)
+    on the logit scale; a point gives the offsets of width and height nothing to start from."""
+    offsets = offsets.float()
+    if references.shape[-1] == 4:
+        return (offsets + inverse_sigmoid(references)).sigmoid()
+    centre = offsets[..., :2] + inverse_sigmoid(references)
+    return torch.cat((centre, offsets[..., 2:]), -1).sigmoid()
+
+
+def inverse_sigmoid(x: Tensor, floor: float = 1e-5) -> Tensor:
+    """The logit of x cut to [0,1], with numerator and denominator kept at `floor` or more."""
+    x = x.clamp(0, 1)
+    return (x.clamp(min=floor) / (1 - x).clamp(min=floor)).log()
+
+
+@dataclass
+class Decoded:
+    """states (layers,N,Q,C); memory: the encoder's maps (N,C,h,w), one per level; initial: the first references, (Q,4)
+    or (N,Q,2); boxes (layers,N,Q,4) after each layer."""
+
+    states: Tensor
+    memory: list[Tensor]
+    initial: Tensor
+    boxes: Tensor
+
+
+class DeformableTransformer(nn.Module):
+    """Deformable encoder and decoder. Frames are independent: N is clips times frames."""
+
+    def __init__(
+        self,
+        *,
+        channels: int = 256,
+        heads: int = 8,
+        encoder_layers: int = 4,
+        decoder_layers: int = 4,
+        ffn: int = 2048,
+        dropout: float = 0.1,
+        levels: int = 4,
+        points: int = 4,
+        use_dab: bool = True,
+    ) -> None:
+        super().__init__()
+        layer = (channels, heads, ffn, dropout, levels, points)
+        self.level_embed = nn.Parameter(torch.empty(levels, channels))
+        self.encoder = DeformableEncoder(encoder_layers, *layer)
+        self.decoder = DeformableDecoder(decoder_layers, *layer, use_dab=use_dab)
+        if not use_dab:
+            self.reference_points = nn.Linear(channels, 2)
+        self._reset_parameters()
+        self.decoder.bbox_embed = nn.ModuleList(MLP(channels, channels, 4, 3) for _ in range(decoder_layers))
+
+    def _reset_parameters(self) -> None:
+        xavier_matrices(self)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module.reset_parameters()
+        if not self.decoder.use_dab:
+            nn.init.zeros_(self.reference_points.bias)
+        nn.init.normal_(self.level_embed)
+
+    def forward(
+        self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor], content: Tensor, queries: Tensor
+    ) -> Decoded:
+        """maps and positions (N,C,h,w) and masks bool (N,h,w), True on padding, one per level; content (N,Q,C).
+
+        queries: anchor logits (Q,4) with use_dab, else query positions (Q,C).
+        """
+        shapes = [tuple(mask.shape[-2:]) for mask in masks]
+        x = torch.cat([item.flatten(2).transpose(1, 2) for item in maps], 1)  # (N,S,C)
+        places = [
+            item.flatten(2).transpose(1, 2) + embed for item, embed in zip(positions, self.level_embed, strict=True)
+        ]
+        padding = torch.cat([mask.flatten(1) for mask in masks], 1)
+        valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)  # (N,L,2)
+        memory = self.encoder(x, torch.cat(places, 1), shapes, valid_ratios, padding)
+
+        places = None
+        if self.decoder.use_dab:
+            references = queries.float().sigmoid()
+        else:
+            places = queries.expand(len(content), -1, -1)
+            references = self.reference_points(places).float().sigmoid()
+        states, boxes = self.decoder(content, places, references, memory, shapes, valid_ratios, padding)
+        parts = memory.split([h * w for h, w in shapes], 1)
+        memory = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return Decoded(states, memory, references, boxes)
