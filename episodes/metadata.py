@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fewref.episodes.errors import InputError
+from fewref.episodes.rle import track_frames
 from fewref.episodes.types import Expression
 
 UNLABELLED = "unlabelled"
@@ -16,16 +17,17 @@ class Video:
     """What the metadata say of a video.
 
     frames: names, sorted. objects: id -> category, in numeric order of the ids (of a MeViS mask file the id is the
-    anno_id). expressions: in numeric order of their ids; texts normalised. object_frames: id -> sorted frames in which
-    the object is annotated, only for objects of which the metadata list them. listed_frames, listed_expressions: frame
-    names and expression ids in the order of the file, which upstream's protocol and MeViS masks depend on.
+    anno_id). expressions: in numeric order of their ids; texts normalised. visible: id of every object -> sorted frames
+    in which the metadata annotate it (of MeViS: its mask is not empty), all frames where they do not say.
+    listed_frames, listed_expressions: frame names and expression ids in the order of the file, on which upstream's
+    protocol and MeViS masks depend.
     """
 
     name: str
     frames: tuple[str, ...]
     objects: dict[str, str]
     expressions: tuple[Expression, ...]
-    object_frames: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    visible: dict[str, tuple[str, ...]] = field(default_factory=dict)
     listed_frames: tuple[str, ...] = ()
     listed_expressions: tuple[str, ...] = ()
 
@@ -54,7 +56,7 @@ def parse_youtube(meta: object, expressions: object, meta_file: Path, file: Path
             warnings.append(f"{file}: video {name} of {meta_file.name} is missing here; skipped")
             continue
         record, entries = spoken[name], _table(known[name], "objects", meta_file, name)
-        objects, object_frames = {}, {}
+        objects, visible = {}, {}
         for key in sorted(entries, key=numeric):
             entry = entries[key]
             if not isinstance(entry, dict) or not isinstance(entry.get("category"), str) or not entry["category"]:
@@ -62,41 +64,75 @@ def parse_youtube(meta: object, expressions: object, meta_file: Path, file: Path
                 continue
             objects[key] = entry["category"]
             if isinstance(entry.get("frames"), list):
-                object_frames[key] = tuple(sorted(set(map(str, entry["frames"]))))
-        frames = record.get("frames") or sorted({frame for seen in object_frames.values() for frame in seen})
+                visible[key] = tuple(sorted(set(map(str, entry["frames"]))))
+        frames = record.get("frames") or sorted({frame for seen in visible.values() for frame in seen})
         kept = []
         for key, entry in _table(record, "expressions", file, name).items():
             wanted = _list(_field(entry, "obj_id", file, name, key))
             kept.append(_expression(key, entry, wanted, objects, f"{file}: video {name}: expression {key}", warnings))
-        _add(videos, Video(name, (), objects, (), object_frames), frames, kept, file, warnings)
+        _add(videos, Video(name, (), objects, (), visible), frames, kept, file, warnings)
     return videos, warnings
 
 
-def parse_mevis(expressions: object, categories: object, file: Path) -> tuple[dict[str, Video], list[str]]:
+def parse_mevis(
+    expressions: object, categories: dict, tracks: dict[str, list] | None, file: Path
+) -> tuple[dict[str, Video], list[str]]:
     """Videos of MeViS's own schema (lists of obj_id and anno_id; no categories), sorted, and warnings.
 
-    categories: {video: {obj_id: category}}, or {} where every object is of the category "unlabelled". An expression
-    without any object has an all-empty truth; its category is that of the video's objects where they agree.
-    Raises InputError where the file does not have the schema.
+    categories: {video: {obj_id: category}}, or {} where every object is of the category "unlabelled". tracks: the
+    content of `mask_dict.json`, None if it is not at hand. An expression without any object has an all-empty truth; its
+    category is that of the video's objects where they agree. Raises InputError where the file has another schema.
     """
-    spoken, labels = _videos(expressions, file), categories if isinstance(categories, dict) else {}
+    spoken = _videos(expressions, file)
     videos, warnings = {}, []
     for name in sorted(spoken):
-        record, objects, wanted = spoken[name], {}, {}
-        table = _table(record, "expressions", file, name)
-        for key, entry in table.items():
-            tracks = wanted[key] = _list(_field(entry, "anno_id", file, name, key))
-            for track, number in zip(tracks or [], _list(entry.get("obj_id")) or tracks or [], strict=False):
-                objects[track] = str(labels.get(name, {}).get(number, UNLABELLED))
-                if labels and objects[track] == UNLABELLED:
-                    warnings.append(f"{file}: video {name}: object {number} is not in categories.json; unlabelled")
-        objects = {key: objects[key] for key in sorted(objects, key=numeric)}
+        table = _table(spoken[name], "expressions", file, name)
+        wanted = {key: _list(_field(entry, "anno_id", file, name, key)) for key, entry in table.items()}
+        objects = _labelled(name, table, wanted, categories, file, warnings)
+        listed = _names(spoken[name].get("frames"))
+        visible = _tracked(name, objects, listed, tracks, file, warnings)
+        objects = {key: objects[key] for key in sorted(visible, key=numeric)}
         kept = [
             _expression(key, entry, wanted[key], objects, f"{file}: video {name}: expression {key}", warnings)
             for key, entry in table.items()
         ]
-        _add(videos, Video(name, (), objects, ()), record.get("frames"), kept, file, warnings)
-    return videos, list(dict.fromkeys(warnings))
+        _add(videos, Video(name, (), objects, (), visible), listed, kept, file, warnings)
+    return videos, warnings
+
+
+def _labelled(
+    name: str, table: dict, wanted: dict, categories: dict, file: Path, warnings: list[str]
+) -> dict[str, str]:
+    """anno_id -> category of every object that an expression means; obj_id and anno_id lists run in parallel."""
+    numbers: dict[str, str] = {}
+    for key, entry in table.items():
+        tracks = wanted[key] or []
+        owners = _list(entry.get("obj_id")) or tracks
+        if len(owners) != len(tracks):
+            warnings.append(f"{file}: video {name}: expression {key} has {len(owners)} obj_id, {len(tracks)} anno_id")
+        numbers.update(zip(tracks, owners, strict=False))
+    labels = categories.get(name, {})
+    for number in sorted(set(numbers.values()), key=numeric):
+        if categories and number not in labels:
+            warnings.append(f"{file}: video {name}: object {number} is not in categories.json; taken as {UNLABELLED}")
+    return {track: str(labels.get(number, UNLABELLED)) for track, number in numbers.items()}
+
+
+def _tracked(
+    name: str, objects: dict, listed: list[str], tracks: dict | None, file: Path, warnings: list[str]
+) -> dict[str, tuple[str, ...]]:
+    """anno_id -> frames with a mask, of those objects whose track is in the mask file and sound."""
+    if tracks is None:
+        return {key: tuple(sorted(set(listed))) for key in objects}
+    visible = {}
+    for key in objects:
+        try:
+            if key not in tracks:
+                raise ValueError("is missing")
+            visible[key] = track_frames(tracks[key], listed)
+        except ValueError as error:
+            warnings.append(f"{file.with_name('mask_dict.json')}: video {name}: anno_id {key}: {error}; skipped")
+    return visible
 
 
 def _expression(
@@ -123,7 +159,8 @@ def _expression(
 
 
 def _add(videos: dict, video: Video, frames: object, kept: list, file: Path, warnings: list[str]) -> None:
-    listed = [str(frame) for frame in frames] if isinstance(frames, list) else []
+    listed = _names(frames)
+    every = tuple(sorted(set(listed)))
     kept = [expression for expression in kept if expression]
     if not listed:
         warnings.append(f"{file}: video {video.name} has no frames; skipped")
@@ -132,10 +169,10 @@ def _add(videos: dict, video: Video, frames: object, kept: list, file: Path, war
     else:
         videos[video.name] = Video(
             name=video.name,
-            frames=tuple(sorted(set(listed))),
+            frames=every,
             objects=video.objects,
             expressions=tuple(sorted(kept, key=lambda expression: numeric(expression.id))),
-            object_frames=video.object_frames,
+            visible={key: tuple(f for f in every if f in set(video.visible.get(key, every))) for key in video.objects},
             listed_frames=tuple(listed),
             listed_expressions=tuple(expression.id for expression in kept),
         )
@@ -161,6 +198,10 @@ def _field(entry: object, name: str, file: Path, video: str, key: str) -> object
     if not isinstance(entry, dict):
         raise InputError(f"{file}: video {video}: expression {key} is not a table; take the file of the dataset")
     return entry.get(name)
+
+
+def _names(frames: object) -> list[str]:
+    return [str(frame) for frame in frames] if isinstance(frames, list) else []
 
 
 def _list(value: object) -> list[str] | None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco
 
 from fewref.episodes.errors import InputError, near, read_json
 from fewref.episodes.folders import Tree, find_trees, metadata_tree
 from fewref.episodes.metadata import Video, parse_mevis, parse_youtube
+from fewref.episodes.rle import read_mask_file, read_rle, union
 from fewref.episodes.types import canonical_json
 from fewref.splits import Split, complete, load_split
 
@@ -38,8 +38,8 @@ class DatasetIndex:
     found: str
     warnings: tuple[str, ...] = ()
     trees: dict[str, Tree] = field(default_factory=dict, repr=False)
+    _tracks: dict[Path, dict] = field(default_factory=dict, repr=False, compare=False)
     _clips: dict = field(default_factory=dict, repr=False, compare=False)
-    _mask_files: dict = field(default_factory=dict, repr=False, compare=False)
 
     def metadata_hash(self) -> str:
         """SHA-256 (hex) of the sorted metadata: equal on every machine and for every order of keys in the files."""
@@ -58,21 +58,22 @@ class DatasetIndex:
 
     def __getstate__(self) -> dict:
         """Without the decoded pixels, which another process makes for itself."""
-        return {**self.__dict__, "_clips": {}, "_mask_files": {}}
+        return {**self.__dict__, "_clips": {}, "_tracks": {}}
 
 
 def read_index(dataset: str, root: Path) -> DatasetIndex:
-    """Read the metadata of the dataset at `root` (its own folder or one above); opens no image and no mask file.
+    """Read the metadata of the dataset at `root` (its own folder or one above), `mask_dict.json` included; no image.
 
     Raises InputError for an unknown dataset, a folder without it, or files that do not have its schema.
     """
     layout = load_split(dataset).layout
-    videos, homes, warnings, found = {}, {}, [], []
+    videos, homes, warnings, found, masks = {}, {}, [], [], {}
     trees = find_trees(layout, Path(root))
     for tree in trees:
         meta, expressions = read_json(tree.meta) if tree.meta else {}, read_json(tree.expressions)
         if tree.mask_file:
-            part, notes = parse_mevis(expressions, meta, tree.expressions)
+            masks[tree.masks] = read_mask_file(tree.masks)
+            part, notes = parse_mevis(expressions, meta, masks[tree.masks], tree.expressions)
         else:
             part, notes = parse_youtube(meta, expressions, tree.meta, tree.expressions)
         warnings += notes
@@ -86,7 +87,7 @@ def read_index(dataset: str, root: Path) -> DatasetIndex:
         reason = f" (first reason: {warnings[0]})" if warnings else ""
         raise InputError(f"{trees[0].expressions}: no video with a usable expression{reason}")
     where = f"{trees[0].base}: {'; '.join(found)}"
-    return DatasetIndex(dataset, Path(root), layout, dict(sorted(videos.items())), where, tuple(warnings), homes)
+    return DatasetIndex(dataset, Path(root), layout, dict(sorted(videos.items())), where, tuple(warnings), homes, masks)
 
 
 def index_from_metadata(dataset: str, meta: dict, expressions: dict, root: Path) -> DatasetIndex:
@@ -97,7 +98,7 @@ def index_from_metadata(dataset: str, meta: dict, expressions: dict, root: Path)
     layout = load_split(dataset).layout
     tree = metadata_tree(root, mask_file=layout == "mevis")
     if tree.mask_file:
-        videos, warnings = parse_mevis(expressions, meta, tree.expressions)
+        videos, warnings = parse_mevis(expressions, meta, None, tree.expressions)
     else:
         videos, warnings = parse_youtube(meta, expressions, tree.meta, tree.expressions)
     trees = dict.fromkeys(videos, tree)
@@ -175,19 +176,6 @@ def read_masks(index: DatasetIndex, video: str, frames: Sequence[str], objects: 
     return np.isin(labels, [int(number) for number in objects if number.isdecimal()])
 
 
-def visible_frames(index: DatasetIndex, video: str, objects: Sequence[str]) -> tuple[str, ...]:
-    """The frames in which the metadata annotate at least one of the objects, sorted; opens no image.
-
-    Objects of which the metadata list no frames count as visible in all. MeViS: frames with a non-empty RLE entry.
-    """
-    record = get_video(index, video)
-    if index.trees[video].mask_file:
-        entries = {frame: [_rle(index, video, frame, number) for number in objects] for frame in record.frames}
-        return tuple(frame for frame, rles in entries.items() if any(rle and coco.area(rle) > 0 for rle in rles))
-    seen = {frame for number in objects for frame in record.object_frames.get(number, record.frames)}
-    return tuple(frame for frame in record.frames if frame in seen)
-
-
 def image_size(path: Path) -> tuple[int, int]:
     """(H, W) from the head of an image file. Raises InputError naming the file."""
     width, height = _open(path, decode=False).size
@@ -234,49 +222,17 @@ def _frame_labels(index: DatasetIndex, video: str, frame: str) -> np.ndarray:
 
 
 def _union(index: DatasetIndex, video: str, frame: str, objects: Sequence[str]) -> np.ndarray:
-    rles = [rle for number in objects if (rle := _rle(index, video, frame, number))]
-    if not rles:
-        return np.zeros(image_size(frame_path(index, video, frame)), bool)
-    return coco.decode(coco.merge(rles)).astype(bool)
-
-
-def _rle(index: DatasetIndex, video: str, frame: str, number: str) -> dict | None:
-    """The RLE of an anno_id at a frame, None for a null. Entry j belongs to the j-th frame in the order of the file."""
+    """MeViS: entry j of a track belongs to the j-th frame in the order of the file, which need not be sorted."""
     path, listed = index.trees[video].masks, index.videos[video].listed_frames
-    entries = mask_entries(index, path)
-    where = f"{path}: video {video}: anno_id {number}"
-    if number not in entries:
-        raise InputError(f"{where} is missing; fetch the file again")
-    if len(entries[number]) != len(listed):
-        raise InputError(f"{where} has {len(entries[number])} entries for {len(listed)} frames; fetch the file again")
     if frame not in listed:
         raise InputError(f"{index.trees[video].expressions}: video {video} has no frame {frame!r}")
-    return read_rle(entries[number][listed.index(frame)], f"{where}, frame {frame}")
-
-
-def mask_entries(index: DatasetIndex, path: Path) -> dict[str, list]:
-    """The content of a `mask_dict.json`, read once per index. Raises InputError."""
-    if path not in index._mask_files:
-        entries = read_json(path)
-        if not isinstance(entries, dict) or not all(isinstance(entry, list) for entry in entries.values()):
-            raise InputError(f"{path}: not a table of anno_id -> list of RLE; fetch it again")
-        index._mask_files[path] = entries
-    return index._mask_files[path]
-
-
-def read_rle(value: object, where: str) -> dict | None:
-    """A COCO RLE (counts as string or list) in the form that pycocotools takes; None for null. Raises InputError."""
-    if value is None:
-        return None
-    try:
-        height, width = value["size"]
-        if isinstance(value["counts"], list):
-            return coco.frPyObjects(value, height, width)
-        rle = {"size": [height, width], "counts": value["counts"].encode()}
-        coco.area(rle)
-        return rle
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError(f"{where}: not a COCO RLE; fetch the file again") from None
+    if path not in index._tracks:
+        index._tracks[path] = read_mask_file(path)
+    entries = (read_rle(index._tracks[path][number][listed.index(frame)]) for number in objects)
+    rles = [rle for rle in entries if rle]
+    if not rles:
+        return np.zeros(image_size(frame_path(index, video, frame)), bool)
+    return union(rles)
 
 
 def _kept(index: DatasetIndex, key: tuple, make: object) -> np.ndarray:
