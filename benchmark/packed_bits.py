@@ -67,7 +67,8 @@ def boundary(planes: np.ndarray, out: np.ndarray) -> None:
 def disk_rectangles(radius: int) -> list[tuple[int, int]]:
     """Half widths and half heights, narrowest first, of the rectangles whose union is dx^2 + dy^2 <= radius^2."""
     half_widths = [math.isqrt(radius * radius - dy * dy) for dy in range(radius + 1)]
-    return [(width, max(dy for dy in range(radius + 1) if half_widths[dy] >= width)) for width in sorted(set(half_widths))]
+    # Half widths never grow with dy, so the count of those that reach a width is one more than its half height.
+    return [(width, sum(other >= width for other in half_widths) - 1) for width in sorted(set(half_widths))]
 
 
 def dilate(flat: np.ndarray, row: int, radius: int) -> np.ndarray:
