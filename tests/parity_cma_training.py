@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from fewref.episodes.transforms import check, flip, make_sample, normalised_boxes, resize, resize_size
 from fewref.methods.layers.losses import criterion, stack_layers, stack_targets
 from fewref.methods.layers.matcher import LossWeights, match, matching_cost
 
@@ -58,4 +60,32 @@ def check_criterion(case: dict, arrays: Mapping[str, np.ndarray], folder: Path) 
     compare(case, "out_total", total, arrays["out_total"])
 
 
-CHECKS: dict[str, Check] = {"criterion": check_criterion}
+def check_clip_targets(case: dict, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+    masks = arrays["in_object_ids"] == arrays["in_obj_id"]
+    frames = np.zeros((*masks.shape, 3), np.uint8)
+    sample = make_sample(frames, masks, case["caption"], swapped_clamp=True)
+    compare(case, "out_boxes", sample.boxes, arrays["out_boxes"])
+    compare(case, "out_valid", sample.valid, arrays["out_valid"])
+    compare(case, "out_orig_size", np.array(sample.size[::-1]), arrays["out_orig_size"])
+    compare(case, "out_masks_sum", sample.masks.sum((1, 2)), arrays["out_masks_sum"])
+    compare(case, "out_flipped_boxes", flip(sample).boxes, arrays["out_flipped_boxes"])
+    short, longest = (int(number) for number in re.search(r"short (\d+), max (\d+)", case["exercises"]).groups())
+    resized = resize(sample, resize_size(*sample.size, short, longest))
+    compare(case, "out_resized_size", np.array(resized.size), arrays["out_resized_size"])
+    compare(case, "out_resized_boxes", resized.boxes, arrays["out_resized_boxes"])
+    compare(case, "out_resized_masks", resized.masks, arrays["out_resized_masks"])
+    checked = check(resized)
+    compare(case, "out_checked_valid", checked.valid, arrays["out_checked_valid"])
+    compare(case, "out_final_boxes", normalised_boxes(checked), arrays["out_final_boxes"])
+
+
+def check_resize_sizes(case: dict, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+    sizes = np.array([resize_size(*(int(number) for number in row)) for row in arrays["in_case"]])
+    compare(case, "out_size", sizes, arrays["out_size"])
+
+
+CHECKS: dict[str, Check] = {
+    "criterion": check_criterion,
+    "clip_targets": check_clip_targets,
+    "resize_sizes": check_resize_sizes,
+}

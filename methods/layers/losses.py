@@ -18,8 +18,8 @@ def criterion(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total loss () and its unweighted terms, each a tensor () on the device of the outputs.
 
-    outputs: `pred_logits` (B,T,Q,1), `pred_boxes` (B,T,Q,4) cxcywh in [0,1], `pred_masks` (B,T,Q,h,w) at stride 4 of the
-    padded input, and `aux_outputs`, a list of the same for earlier decoder layers.
+    outputs: `pred_logits` (B,T,Q,1), `pred_boxes` (B,T,Q,4) cxcywh in [0,1], `pred_masks` (B,T,Q,h,w) at stride 4 of
+    the padded input, and `aux_outputs`, a list of the same for earlier decoder layers.
     targets: per clip `boxes` (T,4) cxcywh in [0,1], `masks` (T,H,W) 0/1 at the unpadded input size, `valid` (T,) 0/1.
     terms: loss_ce, loss_bbox, loss_giou, loss_mask, loss_dice and, for B = 1, cardinality_error (logged only), then the
     same with suffix _0, _1, ... for the earlier layers, each with its own matching. Computed in float32.
@@ -56,7 +56,7 @@ def stack_layers(outputs: dict) -> Tubes:
 
 
 def stack_targets(targets: list[dict[str, Tensor]], tubes: Tubes) -> Truth:
-    """Targets of all clips on the grid of the predicted masks: every fourth pixel from 2, zero where there is padding."""
+    """Targets of all clips on the grid of the predicted masks: every fourth pixel from 2, zero on padding."""
     height, width = tubes.masks.shape[-2:]
     device = tubes.masks.device
     masks = []

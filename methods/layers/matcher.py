@@ -22,7 +22,7 @@ class Tubes:
 
 @dataclass(frozen=True)
 class Truth:
-    """Targets of B clips: boxes (B,T,4) cxcywh in [0,1], masks (B,T,h,w) float 0/1 at stride 4, valid (B,T) float 0/1."""
+    """Targets of B clips: boxes (B,T,4) cxcywh in [0,1]; masks (B,T,h,w) at stride 4 and valid (B,T), float 0/1."""
 
     boxes: Tensor
     masks: Tensor

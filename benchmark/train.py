@@ -1,0 +1,292 @@
+"""The training loop: one or many processes, checkpoints to continue from, a CSV of losses."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as distributed
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fewref
+from fewref.benchmark.provenance import git_state
+from fewref.benchmark.recipe import FREE, TrainOptions, build_optimiser, rate, read_options, strays, total_steps
+from fewref.benchmark.train_data import Batch, EpisodeSource, PixelCache, Pools, batches, group_videos
+from fewref.episodes.errors import InputError, write_atomic
+from fewref.episodes.readers import DatasetIndex
+from fewref.episodes.sampler import generator
+from fewref.methods.layers.losses import criterion
+from fewref.methods.weights import Tied, save_checkpoint
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class EpisodeNetwork(nn.Module):
+    """A network with `encode_text` and `encode_support`, as one module whose forward takes a `Batch`."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Batch) -> dict:
+        """Outputs for the query clips, each under its own support."""
+        frames = normalise(batch.frames, batch.padding)
+        support_frames = normalise(batch.support_frames, batch.support_padding)
+        support_text = self.network.encode_text(batch.support_ids, batch.support_attention)
+        support = self.network.encode_support(support_frames, batch.support_padding, batch.support_masks, support_text)
+        text = self.network.encode_text(batch.ids, batch.attention)
+        return self.network(frames, batch.padding, batch.sizes, text, support)
+
+
+def normalise(frames: Tensor, padding: Tensor) -> Tensor:
+    """uint8 (B,T,3,H,W) -> float with the mean and deviation of ImageNet, zero where padding bool (B,T,H,W) is true."""
+    mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in (MEAN, STD))
+    return ((frames.float() / 255 - mean) / std).masked_fill(padding[:, :, None], 0)
+
+
+def train(
+    *,
+    network: nn.Module,
+    tokenizer: Callable,
+    index: DatasetIndex,
+    pools: Pools,
+    config: Mapping[str, object],
+    out: Path,
+    seed: int = 0,
+    device: str = "cpu",
+    steps: int | None = None,
+    resume: bool = True,
+    tied: Tied = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Train a network on episodes of base classes; returns the path of the final weights.
+
+    network: with `encode_text`, `encode_support` and `forward` as CMANet has them, trained in place; tokenizer:
+    sentences -> (ids, attention); pools: from `training_pools`; config: fields of `TrainOptions`; steps: stop early
+    after that many steps in all, the schedule unchanged; resume: go on from `out`/last.pt where there is one.
+    tied, metadata: for `save_checkpoint`. Under torchrun every process takes its share of each batch.
+    Writes `out`/last.pt (to continue from), losses.csv, and at the end weights.safetensors.
+    Raises InputError for bad options, unreadable data, a checkpoint of another training, and a loss that is no number.
+    """
+    options, out = read_options(config), Path(out)
+    with processes(device, options.batch) as (place, rank, world):
+        source = EpisodeSource(PixelCache(index, options.cache_bytes, options.size), group_videos(pools), options, seed)
+        network.to(place).train()
+        run = Training(network, options, seed, out, list(source.videos), place, rank)
+        done = run.restore() if resume else 0
+        last = total_steps(options, len(source.videos))
+        last = min(last, steps) if steps else last
+        model: nn.Module = EpisodeNetwork(network)
+        if world > 1:
+            model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+        log = LossLog(out / "losses.csv", done, rank, world)
+        loader = batches(source, tokenizer, done, last, rank, world)
+        with tqdm(loader, total=last, initial=done, unit="step", disable=rank > 0) as bar:
+            for step, batch in bar:
+                run.step(step, model, batch.to(place), log)
+                done = step + 1
+                if done % options.log_every == 0 or done == last:
+                    bar.set_postfix(log.flush())
+                if done % options.save_every == 0 or done == last:
+                    log.flush()
+                    run.save(done)
+        weights = out / "weights.safetensors"
+        if rank == 0:
+            entries = {"command": shlex.join(sys.argv), "seed": str(seed), "steps": str(done), **provenance()}
+            dtype = torch.float16 if options.half_weights else torch.float32
+            save_checkpoint(weights, network.state_dict(), {**entries, **(metadata or {})}, dtype, tied)
+        return weights
+
+
+@dataclass
+class Training:
+    """What a step changes, and how it is written down and taken up again."""
+
+    network: nn.Module
+    options: TrainOptions
+    seed: int
+    out: Path
+    classes: list[str]
+    device: torch.device
+    rank: int = 0
+    optimiser: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.optimiser = build_optimiser(self.network, self.options, self.device)
+
+    def step(self, step: int, model: nn.Module, batch: Batch, log: LossLog) -> None:
+        """One update of the network."""
+        # Dropout follows from the step alone, so a continued training draws what an unbroken one would have drawn.
+        torch.manual_seed(int(generator(self.seed, "dropout", step, self.rank).integers(2**62)))
+        factor = rate(step, self.options, len(self.classes))
+        for group in self.optimiser.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        self.optimiser.zero_grad()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
+            outputs = model(batch)
+        total, terms = criterion(outputs, batch.targets)
+        total.backward()
+        if self.options.clip_norm:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
+        self.optimiser.step()
+        log.add(step + 1, self.options.lr * factor, {"total": total.detach(), **terms})
+
+    def save(self, done: int) -> None:
+        """Write last.pt after `done` steps, whole or not at all."""
+        if self.rank:
+            return
+        state = {
+            "step": done,
+            "network": self.network.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "strays": strays(self.network, self.optimiser),
+            # All random numbers follow from the seed and the step.
+            "rng": {"seed": self.seed, "step": done},
+            "identity": self.identity(),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomic(self.out / "last.pt", buffer.getvalue())
+
+    def identity(self) -> dict:
+        """What must be equal for a training to be continued."""
+        values = {k: v for k, v in dataclasses.asdict(self.options).items() if k not in FREE}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {**values, "seed": self.seed, "classes": self.classes}
+
+    def restore(self) -> int:
+        """Take up last.pt; returns the number of finished steps, 0 where there is no such file.
+
+        Raises InputError for a damaged file and for one of a training with other options, seed or classes.
+        """
+        path = self.out / "last.pt"
+        if not path.exists():
+            return 0
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            saved, own = state["identity"], self.identity()
+            if differing := [name for name in own if saved.get(name) != own[name]]:
+                raise InputError(
+                    f"{path}: belongs to a training with another {', '.join(differing)}; "
+                    "choose another output folder, or start anew without resuming"
+                )
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+        except InputError:
+            raise
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(f"{path}: cannot be continued from ({reason}); start anew without resuming") from None
+        parameters = dict(self.network.named_parameters())
+        for name, gradient in state["strays"].items():
+            parameters[name].grad = gradient
+        return state["step"]
+
+
+class LossLog:
+    """losses.csv: one row per step with its learning rate, total, terms and seconds.
+
+    Rows are kept on the device until `flush`, so that a step does not wait for the one before it.
+    """
+
+    def __init__(self, path: Path, done: int, rank: int = 0, world: int = 1) -> None:
+        self.path, self.rank, self.world = path, rank, world
+        self.names: list[str] = []
+        self.rows: list[tuple[int, float, float, Tensor]] = []
+        self.clock = time.perf_counter()
+        if rank == 0:
+            self._cut(done)
+
+    def _cut(self, done: int) -> None:
+        """Drop rows of steps that are going to be repeated, so that none stands twice."""
+        lines = self.path.read_text().splitlines(keepends=True) if done and self.path.exists() else []
+        kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= done]
+        write_atomic(self.path, "".join(kept))
+
+    def add(self, step: int, lr: float, terms: Mapping[str, Tensor]) -> None:
+        """Note a finished step (from 1); terms: tensors ()."""
+        now = time.perf_counter()
+        self.names = list(terms)
+        self.rows.append((step, lr, now - self.clock, torch.stack([value.float() for value in terms.values()])))
+        self.clock = now
+
+    def flush(self) -> dict[str, str]:
+        """Write what was noted; returns short figures of the last layer, averaged, for the progress bar.
+
+        Raises InputError naming the first step whose loss is not finite.
+        """
+        if not self.rows:
+            return {}
+        values = torch.stack([row[3] for row in self.rows])
+        if self.world > 1:
+            distributed.all_reduce(values)
+            values /= self.world
+        values = values.cpu()
+        steps, rates, seconds, _ = zip(*self.rows, strict=True)
+        self.rows = []
+        finite = values.isfinite().all(1)
+        if not finite.all():
+            step = steps[int(finite.int().argmin())]
+            raise InputError(f"{self.path}: the loss of step {step} is not finite; lower the learning rate (option lr)")
+        if self.rank == 0:
+            self._append(zip(steps, rates, values.tolist(), seconds, strict=True))
+        means = dict(zip(self.names, values.mean(0).tolist(), strict=True))
+        return {name.removeprefix("loss_"): f"{means[name]:.3f}" for name in means if not name[-1].isdigit()}
+
+    def _append(self, rows: Iterator[tuple]) -> None:
+        try:
+            with open(self.path, "a", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                if not file.tell():
+                    writer.writerow(["step", "lr", *self.names, "seconds"])
+                for step, lr, values, seconds in rows:
+                    writer.writerow([step, f"{lr:.6g}", *(f"{v:.6g}" for v in values), f"{seconds:.4f}"])
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror}); choose another output folder"
+            raise InputError(f"{self.path}: {reason}") from None
+
+
+@contextmanager
+def processes(device: str, batch: int) -> Iterator[tuple[torch.device, int, int]]:
+    """(device, rank, number of processes): under torchrun the group that its environment describes, else this one.
+
+    Raises InputError for a GPU that is not there, and for a batch which the processes cannot share evenly.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {device}: no CUDA GPU is usable here; choose cpu")
+    if batch % world:
+        raise InputError(f"training option batch: {batch} episodes cannot be shared by {world} processes evenly")
+    if world == 1:
+        yield torch.device(device), 0, 1
+        return
+    place = torch.device(device)
+    if kind == "cuda":
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(place)
+    started = not distributed.is_initialized()
+    if started:
+        distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    try:
+        yield place, rank, world
+    finally:
+        if started:
+            distributed.destroy_process_group()
+
+
+def provenance() -> dict[str, str]:
+    """Version and git state of this project, as text."""
+    state = git_state(Path(fewref.__file__).resolve().parent)
+    return {"version": fewref.__version__, **{f"git_{name}": str(value) for name, value in (state or {}).items()}}

@@ -1,0 +1,239 @@
+"""Training episodes: which clips a step sees, and their pixels as one batch.
+
+Everything random follows from (seed, step, item) alone, so that a continued training, another number of threads or of
+processes sees the same samples.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewref.benchmark.recipe import TrainOptions
+from fewref.episodes.errors import InputError
+from fewref.episodes.readers import DatasetIndex, read_frame, read_masks
+from fewref.episodes.sampler import generator, window
+from fewref.episodes.transforms import ClipSample, augment, make_sample, normalised_boxes, resize_frame, resize_masks
+from fewref.episodes.types import Expression
+
+MULTIPLE = 32  # sides of a padded training clip
+SUPPORT_TRIES = 50
+AHEAD = 2  # steps prepared in advance
+Pools = Mapping[str, Sequence[tuple[str, Expression]]]
+
+
+@dataclass
+class PixelCache:
+    """Decoded frames and masks, kept up to `limit` bytes, the least recently used dropped first.
+
+    size: (H, W) to bring them to, None to keep their own.
+    """
+
+    index: DatasetIndex
+    limit: int
+    size: tuple[int, int] | None = None
+    _kept: OrderedDict = field(default_factory=OrderedDict, repr=False)
+    _bytes: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def frames(self, video: str, names: Sequence[str]) -> np.ndarray:
+        """uint8 (T,H,W,3). Raises InputError as `read_frame`, and for frames of different sizes."""
+        return self._stack(video, [self._get((video, name), self._frame) for name in names])
+
+    def masks(self, video: str, names: Sequence[str], objects: tuple[str, ...]) -> np.ndarray:
+        """bool (T,H,W), the union of the objects. Raises InputError as `read_masks`."""
+        return self._stack(video, [self._get((video, name, objects), self._mask) for name in names])
+
+    def _frame(self, video: str, name: str) -> np.ndarray:
+        frame = read_frame(self.index, video, name)
+        return resize_frame(frame, self.size) if self.size else frame
+
+    def _mask(self, video: str, name: str, objects: tuple[str, ...]) -> np.ndarray:
+        masks = read_masks(self.index, video, [name], objects)
+        return (resize_masks(masks, self.size) if self.size else masks)[0]
+
+    def _get(self, key: tuple, make: Callable[..., np.ndarray]) -> np.ndarray:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        pixels = make(*key)
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = pixels
+                self._bytes += pixels.nbytes
+            while self._bytes > self.limit and len(self._kept) > 1:
+                self._bytes -= self._kept.popitem(last=False)[1].nbytes
+        return pixels
+
+    def _stack(self, video: str, pixels: list[np.ndarray]) -> np.ndarray:
+        if len({array.shape for array in pixels}) > 1:
+            raise InputError(f"{self.index.root}: video {video}: frames have different sizes; fetch the video again")
+        return np.stack(pixels)
+
+
+def group_videos(pools: Pools) -> dict[str, dict[str, tuple[Expression, ...]]]:
+    """category -> video -> its expressions of that category, for categories with the two videos an episode needs.
+
+    Raises InputError where no category has them.
+    """
+    grouped: dict[str, dict[str, tuple[Expression, ...]]] = {}
+    for category, samples in pools.items():
+        videos: dict[str, tuple[Expression, ...]] = {}
+        for video, expression in samples:
+            videos[video] = (*videos.get(video, ()), expression)
+        if len(videos) > 1:
+            grouped[category] = dict(sorted(videos.items()))
+    if not grouped:
+        raise InputError("no base category has two videos, one for the query and one for the support; add videos")
+    return grouped
+
+
+@dataclass(frozen=True)
+class EpisodeSource:
+    """Draws training episodes (specification of the protocol, 3.1 to 3.3, with faults 6, 7 and 17 mended).
+
+    videos: from `group_videos`. The classes come in rounds, each a new shuffle of all of them; with faithful="upstream"
+    each class fills `samples_per_class` episodes before the next begins.
+    """
+
+    cache: PixelCache
+    videos: dict[str, dict[str, tuple[Expression, ...]]]
+    options: TrainOptions
+    seed: int
+
+    def category(self, step: int, item: int) -> str:
+        """The class of item `item` (from 0) of step `step` (from 0)."""
+        names, position = list(self.videos), step * self.options.batch + item
+        if self.options.faithful == "upstream":
+            return names[position // self.options.samples_per_class % len(names)]
+        turn, place = divmod(position, len(names))
+        return names[generator(self.seed, "classes", turn).permutation(len(names))[place]]
+
+    def episode(self, step: int, item: int) -> tuple[ClipSample, ClipSample]:
+        """Query and support clip, augmented, of one item. Raises InputError for unreadable pixels."""
+        rng = generator(self.seed, step, item)
+        category = self.category(step, item)
+        videos = list(self.videos[category])
+        query = videos.pop(int(rng.integers(len(videos))))
+        first = self._clip(rng, category, query, self.options.clip_frames)
+        for _ in range(SUPPORT_TRIES):
+            video = videos[int(rng.integers(len(videos)))]
+            second = self._clip(rng, category, video, self.options.support_frames)
+            if self.options.faithful == "upstream" or second.masks[len(second.masks) // 2].any():
+                break
+        else:
+            raise InputError(f"{self.cache.index.root}: no clip of {category} shows its object; check the masks")
+        whole_words = self.options.faithful == "fixed"
+        return tuple(augment(self.options.augment, sample, rng, whole_words) for sample in (first, second))
+
+    def _clip(self, rng: np.random.Generator, category: str, video: str, wanted: int) -> ClipSample:
+        expressions = self.videos[category][video]
+        expression = expressions[int(rng.integers(len(expressions)))]
+        names = self.cache.index.videos[video].frames
+        names = [names[position] for position in window(len(names), wanted, int(rng.integers(len(names))))]
+        frames = self.cache.frames(video, names)
+        masks = self.cache.masks(video, names, expression.objects)
+        return make_sample(frames, masks, expression.text, swapped_clamp=self.options.faithful == "upstream")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B training episodes. Frames are uint8 (B,T,3,H,W) and padded bottom right; padding bool (B,T,H,W) is true there.
+
+    sizes: int64 (B,2) unpadded (H, W); support_masks: per clip float (S,H0,W0), unpadded; ids, attention: int64 (B,L);
+    targets: per query clip boxes (T,4), masks (T,H,W), valid (T,).
+    """
+
+    frames: Tensor
+    padding: Tensor
+    sizes: Tensor
+    ids: Tensor
+    attention: Tensor
+    support_frames: Tensor
+    support_padding: Tensor
+    support_masks: list[Tensor]
+    support_ids: Tensor
+    support_attention: Tensor
+    targets: list[dict[str, Tensor]]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+
+        def move(value: object) -> object:
+            if isinstance(value, list):
+                return [move(part) for part in value]
+            if isinstance(value, dict):
+                return {name: move(part) for name, part in value.items()}
+            return value.to(device, non_blocking=True)
+
+        return Batch(**{name: move(value) for name, value in vars(self).items()})
+
+
+def collate(episodes: Sequence[tuple[ClipSample, ClipSample]], tokenizer: Callable) -> Batch:
+    """One batch from (query, support) pairs; tokenizer: sentences -> ids, attention."""
+    queries, supports = zip(*episodes, strict=True)
+    frames, padding = pad(queries)
+    support_frames, support_padding = pad(supports)
+    ids, attention = tokenizer([sample.text for sample in queries])
+    support_ids, support_attention = tokenizer([sample.text for sample in supports])
+    return Batch(
+        frames=frames,
+        padding=padding,
+        sizes=torch.tensor([sample.size for sample in queries]),
+        ids=ids,
+        attention=attention,
+        support_frames=support_frames,
+        support_padding=support_padding,
+        support_masks=[torch.from_numpy(sample.masks.astype(np.float32)) for sample in supports],
+        support_ids=support_ids,
+        support_attention=support_attention,
+        targets=[
+            {
+                "boxes": torch.from_numpy(normalised_boxes(sample)),
+                "masks": torch.from_numpy(np.ascontiguousarray(sample.masks)),
+                "valid": torch.from_numpy(sample.valid),
+            }
+            for sample in queries
+        ],
+    )
+
+
+def pad(samples: Sequence[ClipSample]) -> tuple[Tensor, Tensor]:
+    """Frames uint8 (B,T,3,H,W), top left in sides that are multiples of 32, and padding bool (B,T,H,W)."""
+    height, width = (-(-max(sides) // MULTIPLE) * MULTIPLE for sides in zip(*(s.size for s in samples), strict=True))
+    count = len(samples[0].frames)
+    frames = np.zeros((len(samples), count, 3, height, width), np.uint8)
+    padding = np.ones((len(samples), count, height, width), bool)
+    for clip, sample in enumerate(samples):
+        frames[clip, :, :, : sample.size[0], : sample.size[1]] = sample.frames.transpose(0, 3, 1, 2)
+        padding[clip, :, : sample.size[0], : sample.size[1]] = False
+    return torch.from_numpy(frames), torch.from_numpy(padding)
+
+
+def batches(
+    source: EpisodeSource, tokenizer: Callable, first: int, last: int, rank: int = 0, world: int = 1
+) -> Iterator[tuple[int, Batch]]:
+    """(step, batch) for steps first..last-1; the next steps are prepared in threads meanwhile.
+
+    Of `world` processes, number `rank` gets the items i with i mod world = rank.
+    """
+    items = range(rank, source.options.batch, world)
+    waiting: deque = deque()
+    pool = ThreadPoolExecutor(source.options.workers)
+    try:
+        for step in range(first, last + AHEAD):
+            if step < last:
+                waiting.append((step, [pool.submit(source.episode, step, item) for item in items]))
+            if waiting and step >= first + AHEAD:
+                ready, futures = waiting.popleft()
+                yield ready, collate([future.result() for future in futures], tokenizer)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
