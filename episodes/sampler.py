@@ -15,7 +15,8 @@ import numpy as np
 
 from fewref.episodes.errors import InputError, near
 from fewref.episodes.manifest import Manifest
-from fewref.episodes.readers import DatasetIndex, visible_frames
+from fewref.episodes.metadata import Video
+from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.types import Clip, Episode, Expression, Query, Shot, SupportSet, Target
 from fewref.splits import Split, base_categories, complete, novel_categories
 
@@ -110,22 +111,16 @@ def _middles(frame_count: int, wanted: int) -> tuple[int, ...]:
     return tuple(window(frame_count, wanted, k)[wanted // 2] for k in range(frame_count))
 
 
-def support_choices(
-    index: DatasetIndex, video: str, expressions: Iterable[Expression], wanted: int
-) -> list[tuple[Expression, int]]:
-    """All (expression, drawn position) whose clip shows the object in its middle frame, in order; opens no image.
+def support_choices(video: Video, expressions: Iterable[Expression], wanted: int) -> list[tuple[Expression, int]]:
+    """All (expression, drawn position) whose clip shows an object meant in its middle frame, in order.
 
     A uniform draw among them is the draw of protocol.md 3.1 and 3.2 with redraws until the object is visible.
     """
-    frames = index.videos[video].frames
-    seen: dict[tuple[str, ...], frozenset[str]] = {}
     choices = []
     for expression in expressions:
-        if expression.objects not in seen:
-            seen[expression.objects] = frozenset(visible_frames(index, video, expression.objects))
-        visible = seen[expression.objects]
-        middles = enumerate(_middles(len(frames), wanted))
-        choices += [(expression, k) for k, middle in middles if frames[middle] in visible]
+        seen = {frame for item in expression.objects for frame in video.visible.get(item, video.frames)}
+        middles = enumerate(_middles(len(video.frames), wanted))
+        choices += [(expression, k) for k, middle in middles if video.frames[middle] in seen]
     return choices
 
 
@@ -220,7 +215,7 @@ class _Draws:
         for video, expression in samples:
             own[video] += [expression] if expression.category == category else []
         frames = self.protocol.support_frames
-        return {video: support_choices(self.index, video, own[video], frames) for video in own}
+        return {video: support_choices(self.index.videos[video], own[video], frames) for video in own}
 
     def shots(self, rng: np.random.Generator, videos: Sequence[str], choices: Choices, count: int) -> list[Shot]:
         """Up to `count` shots of distinct videos; fewer where `verify_masks` refuses the rest."""
