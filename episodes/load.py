@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 
 from fewref.episodes.errors import InputError
-from fewref.episodes.readers import DatasetIndex, get_video, read_frames, read_masks
-from fewref.episodes.types import Clip, Query, Shot, SupportSet, Target
+from fewref.episodes.readers import DatasetIndex, frame_path, image_size, mask_path, read_frames, read_masks
+from fewref.episodes.types import Clip, Expression, Query, Shot, SupportSet, Target
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -35,11 +35,7 @@ def load_shot(index: DatasetIndex, shot: Shot) -> Shot:
     Raises InputError naming the file for unreadable files and for masks of another size than their frames.
     """
     frames = load_clip(index, shot.clip)
-    masks = read_masks(index, shot.clip.video, shot.clip.frames, shot.expression.objects)
-    if masks.shape[1:] != frames.shape[2:]:
-        where = f"{index.trees[shot.clip.video].masks}: video {shot.clip.video}"
-        raise InputError(f"{where}: masks are {masks.shape[1:]}, frames {frames.shape[2:]}; fetch the video again")
-    return replace(shot, frames=frames, masks=masks)
+    return replace(shot, frames=frames, masks=_masks(index, shot.clip, shot.expression, frames.shape[2:]))
 
 
 def load_support(index: DatasetIndex, support: SupportSet) -> SupportSet:
@@ -55,12 +51,13 @@ def load_query(index: DatasetIndex, query: Query) -> Query:
 def load_truth(index: DatasetIndex, query: Query, target: Target) -> np.ndarray:
     """What only the scorer sees: bool (T,H,W), union of the target's objects, all empty for a no-target expression.
 
-    Raises InputError naming the file, and if the target belongs to another query or the video has no such object.
+    Raises InputError naming the file, if the masks are not of the image's size, the target belongs to another query or
+    the video has no such object.
     """
     if target.query != query.id:
         raise InputError(f"the target of query {target.query} was given for query {query.id}; build the manifest again")
-    get_video(index, query.clip.video)
-    return read_masks(index, query.clip.video, query.clip.frames, target.expression.objects)
+    size = image_size(frame_path(index, query.clip.video, query.clip.frames[0]))
+    return _masks(index, query.clip, target.expression, size)
 
 
 def prefetch(items: Iterable[Item], load: Callable[[Item], Loaded], workers: int = 1) -> Iterator[Loaded]:
@@ -80,3 +77,11 @@ def prefetch(items: Iterable[Item], load: Callable[[Item], Loaded], workers: int
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _masks(index: DatasetIndex, clip: Clip, expression: Expression, size: tuple[int, ...]) -> np.ndarray:
+    masks = read_masks(index, clip.video, clip.frames, expression.objects)
+    if masks.shape[1:] != tuple(size):
+        where = mask_path(index, clip.video, clip.frames[0])
+        raise InputError(f"{where}: mask is {masks.shape[1:]}, the image {tuple(size)}; fetch the video again")
+    return masks

@@ -45,20 +45,20 @@ def numeric(identifier: str) -> tuple[int, int, str]:
 def parse_youtube(meta: object, expressions: object, meta_file: Path, file: Path) -> tuple[dict[str, Video], list[str]]:
     """Videos of the YouTube, SAIL and DAVIS schema (`meta.json` + `meta_expressions.json`), sorted, and warnings.
 
-    Only videos of `meta` count: the sentences' file may be that of the whole parent dataset. A video without
+    Only videos in both files count: either may be that of several parts or of the whole parent dataset. A video without
     expressions, frames or known objects is left out with a warning, and so is a useless expression.
     Raises InputError where a file does not have the schema.
     """
     known, spoken = _videos(meta, meta_file), _videos(expressions, file)
     videos, warnings = {}, []
-    for name in sorted(known):
-        if name not in spoken:
-            warnings.append(f"{file}: video {name} of {meta_file.name} is missing here; skipped")
-            continue
+    for name in sorted(known.keys() & spoken.keys()):
         record, entries = spoken[name], _table(known[name], "objects", meta_file, name)
         objects, visible = {}, {}
         for key in sorted(entries, key=numeric):
             entry = entries[key]
+            if not (key.isdecimal() and 0 < int(key) < 256):
+                warnings.append(f"{meta_file}: video {name}: object {key} cannot be a pixel value (1 to 255); skipped")
+                continue
             if not isinstance(entry, dict) or not isinstance(entry.get("category"), str) or not entry["category"]:
                 warnings.append(f"{meta_file}: video {name}: object {key} has no category; skipped")
                 continue
@@ -74,6 +74,15 @@ def parse_youtube(meta: object, expressions: object, meta_file: Path, file: Path
     return videos, warnings
 
 
+def silent_videos(metas: dict[Path, dict], spoken: set[str]) -> list[str]:
+    """A warning for each video of a `meta.json` that is in no file of expressions; spoken: the videos which are."""
+    return [
+        f"{file}: video {name} is in no meta_expressions.json; skipped"
+        for file, meta in metas.items()
+        for name in sorted(meta["videos"].keys() - spoken)
+    ]
+
+
 def parse_mevis(
     expressions: object, categories: dict, tracks: dict[str, list] | None, file: Path
 ) -> tuple[dict[str, Video], list[str]]:
@@ -84,6 +93,8 @@ def parse_mevis(
     category is that of the video's objects where they agree. Raises InputError where the file has another schema.
     """
     spoken = _videos(expressions, file)
+    if not isinstance(categories, dict) or not all(isinstance(labels, dict) for labels in categories.values()):
+        raise InputError(f"{file.with_name('categories.json')}: not a table of video -> obj_id -> category")
     videos, warnings = {}, []
     for name in sorted(spoken):
         table = _table(spoken[name], "expressions", file, name)

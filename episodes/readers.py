@@ -15,7 +15,7 @@ from PIL import Image
 
 from fewref.episodes.errors import InputError, near, read_json
 from fewref.episodes.folders import Tree, find_trees, metadata_tree
-from fewref.episodes.metadata import Video, parse_mevis, parse_youtube
+from fewref.episodes.metadata import Video, parse_mevis, parse_youtube, silent_videos
 from fewref.episodes.rle import read_mask_file, read_rle, union
 from fewref.episodes.types import canonical_json
 from fewref.splits import Split, complete, load_split
@@ -67,7 +67,7 @@ def read_index(dataset: str, root: Path) -> DatasetIndex:
     Raises InputError for an unknown dataset, a folder without it, or files that do not have its schema.
     """
     layout = load_split(dataset).layout
-    videos, homes, warnings, found, masks = {}, {}, [], [], {}
+    videos, homes, warnings, masks, metas, spoken = {}, {}, [], {}, {}, set()
     trees = find_trees(layout, Path(root))
     for tree in trees:
         meta, expressions = read_json(tree.meta) if tree.meta else {}, read_json(tree.expressions)
@@ -76,17 +76,19 @@ def read_index(dataset: str, root: Path) -> DatasetIndex:
             part, notes = parse_mevis(expressions, meta, masks[tree.masks], tree.expressions)
         else:
             part, notes = parse_youtube(meta, expressions, tree.meta, tree.expressions)
+            metas[tree.meta] = meta
+            spoken |= expressions["videos"].keys()
         warnings += notes
         for name, video in part.items():
             if name in videos:
                 warnings.append(f"{tree.expressions}: video {name} is also in {homes[name].expressions}; skipped")
                 continue
             videos[name], homes[name] = video, tree
-        found.append(tree.describe())
+    warnings += silent_videos(metas, spoken)
     if not videos:
         reason = f" (first reason: {warnings[0]})" if warnings else ""
         raise InputError(f"{trees[0].expressions}: no video with a usable expression{reason}")
-    where = f"{trees[0].base}: {'; '.join(found)}"
+    where = f"{trees[0].base}: {'; '.join(tree.describe() for tree in trees)}"
     return DatasetIndex(dataset, Path(root), layout, dict(sorted(videos.items())), where, tuple(warnings), homes, masks)
 
 
@@ -101,6 +103,7 @@ def index_from_metadata(dataset: str, meta: dict, expressions: dict, root: Path)
         videos, warnings = parse_mevis(expressions, meta, None, tree.expressions)
     else:
         videos, warnings = parse_youtube(meta, expressions, tree.meta, tree.expressions)
+        warnings += silent_videos({tree.meta: meta}, set(expressions["videos"]))
     trees = dict.fromkeys(videos, tree)
     return DatasetIndex(dataset, Path(root), layout, videos, "metadata only", tuple(warnings), trees)
 
@@ -129,8 +132,7 @@ def mask_path(index: DatasetIndex, video: str, frame: str) -> Path:
 
 def read_frame(index: DatasetIndex, video: str, frame: str) -> np.ndarray:
     """Decode a frame: uint8 (H,W,3) RGB. Raises InputError naming the file if it is missing, truncated or no image."""
-    path = frame_path(index, video, frame)
-    return np.asarray(open_image(path).convert("RGB"))
+    return decode_frame(frame_path(index, video, frame))
 
 
 def read_frames(index: DatasetIndex, video: str, frames: Sequence[str]) -> np.ndarray:
@@ -173,7 +175,7 @@ def read_masks(index: DatasetIndex, video: str, frames: Sequence[str], objects: 
         masks = [_union(index, video, frame, objects) for frame in frames]
         return _stack(masks, index, video, frames)
     labels = read_labels(index, video, frames)
-    return np.isin(labels, [int(number) for number in objects if number.isdecimal()])
+    return np.isin(labels, [int(number) for number in objects])
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -185,6 +187,11 @@ def image_size(path: Path) -> tuple[int, int]:
 def open_image(path: Path) -> Image.Image:
     """A fully decoded image. Raises InputError naming the file if it is missing, truncated or no image."""
     return _open(path, decode=True)
+
+
+def decode_frame(path: Path) -> np.ndarray:
+    """An image file as uint8 (H,W,3) RGB. Raises InputError naming the file."""
+    return np.asarray(open_image(path).convert("RGB"))
 
 
 def decode_labels(path: Path) -> np.ndarray:
@@ -214,25 +221,34 @@ def _frame_labels(index: DatasetIndex, video: str, frame: str) -> np.ndarray:
     if not path.is_file():
         return np.zeros(image_size(frame_path(index, video, frame)), np.uint8)
     labels = decode_labels(path)
-    objects = index.videos[video].objects
-    # SAIL-VOS: files of a video with one object may hold 255 in place of its id.
-    if index.layout == "sail" and len(objects) == 1 and np.isin(labels, (0, 255)).all():
-        return np.where(labels == 255, int(next(iter(objects))), 0).astype(np.uint8)
+    record = index.videos[video]
+    if index.layout == "sail" and stands_for_one(labels, record):
+        return np.where(labels == 255, int(next(iter(record.objects))), 0).astype(np.uint8)
     return labels
 
 
-def _union(index: DatasetIndex, video: str, frame: str, objects: Sequence[str]) -> np.ndarray:
-    """MeViS: entry j of a track belongs to the j-th frame in the order of the file, which need not be sorted."""
+def stands_for_one(labels: np.ndarray, video: Video) -> bool:
+    """SAIL-VOS: whether the pixels, all 0 or 255, mean the one object of the video, whatever its id (fault 9)."""
+    return len(video.objects) == 1 and bool(np.isin(labels, (0, 255)).all())
+
+
+def track_rle(index: DatasetIndex, video: str, frame: str, number: str) -> dict | None:
+    """The RLE of a MeViS anno_id at a frame, None where its mask is empty; bytes `counts`, as pycocotools takes it.
+
+    Entry j of a track belongs to the j-th frame in the order of the file, which need not be sorted.
+    Raises InputError for an unknown frame.
+    """
     path, listed = index.trees[video].masks, index.videos[video].listed_frames
     if frame not in listed:
         raise InputError(f"{index.trees[video].expressions}: video {video} has no frame {frame!r}")
     if path not in index._tracks:
         index._tracks[path] = read_mask_file(path)
-    entries = (read_rle(index._tracks[path][number][listed.index(frame)]) for number in objects)
-    rles = [rle for rle in entries if rle]
-    if not rles:
-        return np.zeros(image_size(frame_path(index, video, frame)), bool)
-    return union(rles)
+    return read_rle(index._tracks[path][number][listed.index(frame)])
+
+
+def _union(index: DatasetIndex, video: str, frame: str, objects: Sequence[str]) -> np.ndarray:
+    rles = [rle for number in objects if (rle := track_rle(index, video, frame, number))]
+    return union(rles) if rles else np.zeros(image_size(frame_path(index, video, frame)), bool)
 
 
 def _kept(index: DatasetIndex, key: tuple, make: object) -> np.ndarray:
