@@ -11,6 +11,7 @@ import collections
 import hashlib
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -181,7 +182,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_torch(path: Path) -> dict[str, Tensor]:
     try:
-        with torch.serialization.safe_globals(SAFE_CLASSES):
+        with torch.serialization.safe_globals(SAFE_CLASSES), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle protocol, on the way to a refusal
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL (\w+\.[\w.]+)", str(error)):
