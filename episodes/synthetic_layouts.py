@@ -81,9 +81,13 @@ def _youtube_sentences(rng: np.random.Generator, job: Job, scene: Scene) -> list
         if primary and texts[0] is None:
             return None
         result += [(text, (n,)) for text in texts if text]
-    if job.index % 160 == 5:  # a sign beyond ASCII, as in real sentences
-        result = [(f"{text} – the {scene.things[meant[0]].colour} one", meant) for text, meant in result]
+    if job.index % 40 == 5:  # a sign beyond ASCII, as in real sentences
+        result = [(_dashed(text, scene.things[meant[0]].colour), meant) for text, meant in result]
     return [result[k] for k in rng.permutation(len(result))]
+
+
+def _dashed(text: str, colour: str) -> str:
+    return text if colour in text else f"{text} – the {colour} one"
 
 
 def _sail_sentences(rng: np.random.Generator, job: Job, scene: Scene) -> list[Sentence] | None:
