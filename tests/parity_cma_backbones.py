@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from fill import fill_by_name
+from golden_case import Expect
 from torch import nn
 
 from fewref.methods.cma.net import CMANet
@@ -20,35 +22,18 @@ from fewref.methods.layers.backbone import build_backbone
 
 Check = Callable[[dict, Mapping[str, np.ndarray], Path], None]
 
-SPEC = importlib.util.spec_from_file_location("fill", Path(__file__).parent / "golden/fill.py")
-fill = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(fill)
-
-# Options of upstream's constructors that ours does not have, with the only value that it stands for.
+# Options of upstream's constructors that ours does not have, with the only value that it stands for, ...
 FIXED = {
     "qkv_bias": True,
     "qk_scale": None,
-    "drop_rate": 0.0,
-    "attn_drop_rate": 0.0,
     "ape": False,
     "patch_norm": True,
     "out_indices": [0, 1, 2, 3],
-    "use_checkpoint": False,
     "patch_size": [1, 4, 4],
 }
+# ... and those without effect in evaluation.
+INERT = ("drop_rate", "attn_drop_rate", "use_checkpoint")
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-
-
-def compare(case: dict, name: str, actual: torch.Tensor, expected: np.ndarray) -> None:
-    """Hold one output against its golden array at that array's stated tolerance."""
-    label = f"{case['file']}: {name}"
-    tolerance = case["arrays"][name].get("tolerance", case["tolerance"])
-    actual = actual.detach().numpy()
-    assert actual.shape == expected.shape, f"{label} has shape {actual.shape}, not {expected.shape}"
-    if tolerance == "exact":
-        np.testing.assert_array_equal(actual, expected, err_msg=label)
-    else:
-        np.testing.assert_allclose(actual, expected, rtol=tolerance["rtol"], atol=tolerance["atol"], err_msg=label)
 
 
 def thin(full: torch.Tensor, expected: np.ndarray) -> torch.Tensor:
@@ -62,7 +47,7 @@ def constructor(case: dict) -> dict:
     options = json.loads(text[text.index("{") : text.rindex("}") + 1])
     for name in FIXED.keys() & options.keys():
         assert options.pop(name) == FIXED[name], f"{case['file']}: {name} is supported as {FIXED[name]} only"
-    return options
+    return {name: value for name, value in options.items() if name not in INERT}
 
 
 def normalised(frames: np.ndarray, size: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,30 +62,32 @@ def normalised(frames: np.ndarray, size: np.ndarray) -> tuple[torch.Tensor, torc
 
 @torch.no_grad()
 def check_resnet_joiner(case: dict, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
+    name = re.search(r"build_backbone\((\w+)\)", case["module"])[1]
     text = nn.Identity()  # the joiner reads no text
     text.config = SimpleNamespace(hidden_size=8)
-    network = CMANet(
-        backbone=build_backbone("resnet50"), text_encoder=text, encoder_layers=1, decoder_layers=1, ffn=8
-    ).eval()
-    fill.fill_by_name(network.backbone)
+    network = CMANet(backbone=build_backbone(name), text_encoder=text, encoder_layers=1, decoder_layers=1, ffn=8).eval()
+    fill_by_name(network.backbone)
     frames, mask = normalised(arrays["in_frames"], arrays["in_size"])
     maps = network.backbone[0].body(frames[0], clip_frames=frames.shape[1])
     query = network.encode_query(frames, mask)
+    expect = Expect(case, arrays)
     assert torch.equal(query.stride4, maps[0])
     for level in range(4):
-        feature, place = arrays[f"out_feat{level}"], arrays[f"out_pos{level}"]
-        compare(case, f"out_feat{level}", thin(maps[level], feature), feature)
-        compare(case, f"out_mask{level}", query.masks[level], arrays[f"out_mask{level}"])
-        compare(case, f"out_pos{level}", thin(query.positions[level][:1], place), place)
+        expect(f"feat{level}", thin(maps[level], arrays[f"out_feat{level}"]))
+        expect(f"mask{level}", query.masks[level])
+        expect(f"pos{level}", thin(query.positions[level][:1], arrays[f"out_pos{level}"]))
+    expect.finish()
 
 
 @torch.no_grad()
 def check_swin(case: dict, arrays: Mapping[str, np.ndarray], folder: Path, name: str = "swin_t_p4w7") -> None:
     backbone = build_backbone(name, **constructor(case)).eval()
-    fill.fill_by_name(backbone)
+    fill_by_name(backbone)
     frames = torch.from_numpy(arrays["in_frames"])
+    expect = Expect(case, arrays)
     for level, actual in enumerate(backbone(frames, clip_frames=len(frames))):
-        compare(case, f"out_feat{level}", actual, arrays[f"out_feat{level}"])
+        expect(f"feat{level}", actual)
+    expect.finish()
 
 
 def check_video_swin(case: dict, arrays: Mapping[str, np.ndarray], folder: Path) -> None:
