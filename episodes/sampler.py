@@ -256,9 +256,10 @@ def _category_episodes(draws: _Draws, category: str, samples: Samples) -> tuple[
     shown = [video for video in choices if choices[video]]
     wanted = shots * supports if same_queries else shots
     budget = min(wanted, len(shown), len(choices) - 1)
+    if budget < wanted:  # draws must share videos: then at least half of them are left to be asked, where that can be
+        budget = min(budget, max(shots, len(choices) // 2))
     if budget < shots:
-        have = f"{len(choices)} videos, of which {len(shown)} can be support"
-        return [], [f"{category}: left out, {have}; {shots} support and one query video are needed"]
+        return [], [_too_few(category, len(choices), len(shown), shots)]
     support: list[list[Shot]] = []
     used: list[str] = []
     for number in range(supports):
@@ -280,6 +281,11 @@ def _category_episodes(draws: _Draws, category: str, samples: Samples) -> tuple[
     return episodes, [note] if shared else []
 
 
+def _too_few(category: str, videos: int, shown: int, shots: int) -> str:
+    needed = f"needed are {shots} for support and one for queries"
+    return f"{category}: left out, videos: {videos}, of which fit for support: {shown}; {needed}"
+
+
 def _random_episodes(draws: _Draws, pool: Pool) -> tuple[list[Episode], list[str]]:
     """Per seed N distinct episodes of one query: category uniform, query uniform, support from the other videos."""
     shots, count = draws.protocol.shots, draws.protocol.episodes
@@ -287,7 +293,7 @@ def _random_episodes(draws: _Draws, pool: Pool) -> tuple[list[Episode], list[str
     shown = {category: [video for video in found if found[video]] for category, found in choices.items()}
     asked = {c: [s for s in pool[c] if len(shown[c]) - (s[0] in shown[c]) >= shots] for c in pool}
     categories = [category for category in pool if asked[category]]
-    notes = [f"{c}: left out, too few videos for {shots} support and one query video" for c in pool if not asked[c]]
+    notes = [_too_few(c, len(choices[c]), len(shown[c]), shots) for c in pool if not asked[c]]
     episodes: dict[str, Episode] = {}
     for seed in range(draws.protocol.supports if categories else 0):
         for number in range(count):
