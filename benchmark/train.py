@@ -103,7 +103,7 @@ def train(
                     run.save(done)
         weights = out / "weights.safetensors"
         if rank == 0:
-            entries = {"command": shlex.join(sys.argv), "seed": str(seed), "steps": str(done), **provenance()}
+            entries = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": str(seed), "steps": str(done), **provenance()}
             dtype = torch.float16 if options.half_weights else torch.float32
             save_checkpoint(weights, network.state_dict(), {**entries, **(metadata or {})}, dtype, tied)
         return weights
