@@ -277,7 +277,7 @@ def _category_episodes(draws: _Draws, category: str, samples: Samples) -> tuple[
         asked = [sample for sample in samples if sample[0] not in closed]
         episodes.append(draws.episode(category, number, found, asked))
     shared = same_queries and len(used) < wanted
-    note = f"{category}: draws share support videos, {len(choices)} videos are too few for {wanted} distinct ones"
+    note = f"{category}: draws share support videos, {len(choices)} are too few for {wanted} distinct ones and queries"
     return episodes, [note] if shared else []
 
 
