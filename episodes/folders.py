@@ -105,9 +105,9 @@ def _png_trees(layout: str, base: Path, incomplete: list[str]) -> Iterator[Tree]
         shared = ["meta_expressions/meta_expressions.json", "meta_expressions.json"] if part == "train" else []
         meta, expressions = _first(base, metas), _first(base, own + shared)
         if meta and expressions:
-            images = [f"{part}/{name}" for name in IMAGES] + list(IMAGES)
-            masks = [f"{part}/Annotations", "Annotations"]
-            yield Tree(base, meta, expressions, _first_or(base, images), _first_or(base, masks))
+            images = _first(base, [f"{part}/{name}" for name in IMAGES] + list(IMAGES)) or meta.parent / IMAGES[0]
+            masks = _first(base, [f"{part}/Annotations", "Annotations"]) or meta.parent / "Annotations"
+            yield Tree(base, meta, expressions, images, masks)
         elif part == "train" and (meta or expressions):
             wanted = own + shared if meta else metas
             incomplete.append(f"{meta or expressions}: found, but beside it none of {', '.join(wanted)} (below {base})")
@@ -115,7 +115,3 @@ def _png_trees(layout: str, base: Path, incomplete: list[str]) -> Iterator[Tree]
 
 def _first(base: Path, names: list[str]) -> Path | None:
     return next((base / name for name in names if (base / name).exists()), None)
-
-
-def _first_or(base: Path, names: list[str]) -> Path:
-    return _first(base, names) or base / names[0]

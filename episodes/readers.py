@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fewref.episodes.errors import InputError, near, read_json
 from fewref.episodes.folders import Tree, find_trees, metadata_tree
@@ -211,8 +211,10 @@ def _open(path: Path, decode: bool) -> Image.Image:
             return image
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; fetch the dataset again or mend --data-root") from None
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not an image, or cut off in its head; fetch it again") from None
     except Exception as error:  # Pillow's decoders raise many kinds (OSError, SyntaxError, ValueError, struct.error)
-        reason = "truncated" if "truncated" in str(error) else f"unreadable ({type(error).__name__})"
+        reason = getattr(error, "strerror", None) or "truncated or damaged"
         raise InputError(f"{path}: {reason}; fetch it again") from None
 
 

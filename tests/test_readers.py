@@ -341,9 +341,9 @@ def test_wrong_files_are_named(tmp_path):
     index = read_index("mini-davis", tmp_path)
     image = tmp_path / "JPEGImages/v/00005.jpg"
     image.write_bytes(image.read_bytes()[:-200])
-    refused(lambda: read_frame(index, "v", "00005"), "00005.jpg", "fetch it again")
+    refused(lambda: read_frame(index, "v", "00005"), "00005.jpg: truncated", "fetch it again")
     image.write_text("no image")
-    refused(lambda: read_frame(index, "v", "00005"), "00005.jpg", "unreadable")
+    refused(lambda: read_frame(index, "v", "00005"), "00005.jpg", "not an image")
     image.unlink()
     refused(lambda: read_frame(index, "v", "00005"), "00005.jpg", "no such image")
     mask = tmp_path / "Annotations/v/00005.png"
