@@ -29,12 +29,12 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
         raise ValueError(f"levels {list(shapes)} do not add up to {value.shape[1]} positions")
     dtype = value.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    sample = _by_bags if value.device.type == "cpu" else _by_grid
+    sample = sample_by_bags if value.device.type == "cpu" else sample_by_grid
     with torch.autocast(value.device.type, enabled=False):
         return sample(value.to(wide), shapes, locations.to(wide), weights.to(wide)).to(dtype)
 
 
-def _by_grid(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def sample_by_grid(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """One grid_sample per level."""
     n, _, m, d = value.shape
     q = locations.shape[1]
@@ -48,7 +48,7 @@ def _by_grid(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) 
     return total.view(n, m * d, q).transpose(1, 2)
 
 
-def _by_bags(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def sample_by_bags(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     """The sparse-matrix view: a query and head is a bag of four corners per sample (several times faster on a CPU)."""
     n, s, m, d = value.shape
     q = locations.shape[1]

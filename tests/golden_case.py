@@ -27,17 +27,19 @@ class Expect:
 
     def __init__(self, case: dict, arrays: Mapping[str, np.ndarray]) -> None:
         self.case, self.arrays = case, arrays
-        self.left = {name for name in arrays if name.startswith("out_")}
+        told = case["arrays"]
+        self.left = {name for name in arrays if name.startswith("out_") or told[name].get("role") == "output"}
 
     def __call__(self, name: str, actual: object) -> None:
-        """name without its prefix `out_`; shapes must be equal, values within the tolerance stated for this array."""
+        """name: with or without its prefix `out_`; shapes must be equal, values within its stated tolerance."""
         if isinstance(actual, torch.Tensor):
             actual = actual.detach().numpy()
-        actual, wanted = np.asarray(actual), self.arrays[f"out_{name}"]
-        self.left.discard(f"out_{name}")
+        name = name if name in self.arrays else f"out_{name}"
+        actual, wanted = np.asarray(actual), self.arrays[name]
+        self.left.discard(name)
         label = f"{self.case['file']}: {name}"
         assert actual.shape == wanted.shape, f"{label} has shape {actual.shape}, not {wanted.shape}"
-        tolerance = self.case["arrays"][f"out_{name}"].get("tolerance", self.case["tolerance"])
+        tolerance = self.case["arrays"][name].get("tolerance") or self.case["tolerance"]
         if tolerance == "exact":
             np.testing.assert_array_equal(actual, wanted, err_msg=label)
         else:
