@@ -174,6 +174,24 @@ def test_sail_masks_compare_with_the_id(tmp_path, objects, value, wanted, area):
     assert read_masks(index, "v", FRAMES, [wanted]).sum((1, 2)).tolist() == [area] * 3
 
 
+def test_elsewhere_255_is_an_id_like_any_other(tmp_path):
+    davis(tmp_path, labels=np.where(LABELS == 1, 255, 0).astype(np.uint8))
+    put(tmp_path / "meta.json", {"videos": {"v": {"objects": {"7": {"category": "dog"}}}}})
+    assert not read_masks(read_index("mini-davis", tmp_path), "v", FRAMES, ["7"]).any()
+
+
+def test_ids_are_in_the_order_of_their_numbers(tmp_path):
+    davis(tmp_path)
+    objects = {number: {"category": "dog"} for number in ("10", "2", "1", "21")}
+    spoken = {number: {"exp": "it", "obj_id": "2"} for number in ("11", "100", "9")}
+    put(tmp_path / "meta.json", {"videos": {"v": {"objects": objects}}})
+    put(tmp_path / "meta_expressions.json", {"videos": {"v": {"frames": FRAMES, "expressions": spoken}}})
+    video = read_index("mini-davis", tmp_path).videos["v"]
+    assert list(video.objects) == ["1", "2", "10", "21"]
+    assert [expression.id for expression in video.expressions] == ["9", "11", "100"]
+    assert video.listed_expressions == ("11", "100", "9")
+
+
 def test_videos_and_expressions_that_cannot_be_used_are_skipped_with_a_warning(tmp_path):
     def video(**changes):
         return {**SPOKEN["videos"]["v"], **changes}
