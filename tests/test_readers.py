@@ -16,7 +16,6 @@ from fewref.episodes.metadata import normalise
 from fewref.episodes.readers import frame_path, index_from_metadata, read_frame, read_index, read_masks
 
 GOLDEN = Path(os.environ.get("FEWREF_GOLDEN_DIR", Path(__file__).parent / "golden")) / "protocol"
-REAL = Path(__file__).resolve().parents[2] / "shared/realdata"
 FRAMES = ("00000", "00005", "00010")
 LABELS = np.zeros((3, 6, 8), np.uint8)
 LABELS[:, 1:3, 1:4] = 1
@@ -377,33 +376,3 @@ def test_wrong_files_are_named(tmp_path):
     refused(lambda: read_index("mini-davis", tmp_path), "meta_expressions.json: not valid JSON")
     put(tmp_path / "meta_expressions.json", ["v"])
     refused(lambda: read_index("mini-davis", tmp_path), 'no table "videos"')
-
-
-@pytest.mark.skipif(not (REAL / "davis").is_dir(), reason="real videos absent")
-def test_real_davis_videos():
-    index = read_index("mini-davis", REAL / "davis")
-    assert len(index.videos) == 20
-    assert index.warnings == ()
-    for name in ("bmx-trees", "drift-chicane"):
-        video = index.videos[name]
-        masks = [read_masks(index, name, video.frames, [number]) for number in video.objects]
-        assert sum(mask.astype(int) for mask in masks).max() == 1
-        assert all(mask.any((1, 2)).all() for mask in masks)  # as its README says
-        assert masks[0].shape[1:] == read_frame(index, name, video.frames[0]).shape[:2] == (480, 854)
-
-
-@pytest.mark.skipif(not (REAL / "text").is_dir(), reason="real annotation files absent")
-def test_real_sentences_without_truth_are_refused_by_name(tmp_path):
-    """The validation part of Ref-YouTube-VOS names no objects."""
-    spoken = json.loads((REAL / "text/ref_youtube_vos_valid_meta_expressions.json").read_text())
-    objects = {"objects": {"1": {"category": "dog"}}}
-    put(tmp_path / "train/meta.json", {"videos": dict.fromkeys(spoken["videos"], objects)})
-    put(tmp_path / "meta_expressions.json", spoken)
-    refused(lambda: read_index("mini-ref-youtube-vos", tmp_path), "meta_expressions.json", "names no object")
-    for record in spoken["videos"].values():
-        for entry in record["expressions"].values():
-            entry["obj_id"] = "1"
-    put(tmp_path / "meta_expressions.json", spoken)
-    index = read_index("mini-ref-youtube-vos", tmp_path)
-    assert sum(len(video.expressions) for video in index.videos.values()) == 2096
-    assert index.warnings == ()
