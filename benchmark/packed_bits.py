@@ -38,11 +38,14 @@ def bounding_box(pred: np.ndarray, gt: np.ndarray) -> tuple[slice, slice] | None
     """
     union = np.logical_or.reduce(gt, axis=0)
     np.logical_or(union, np.logical_or.reduce(pred, axis=0), out=union)
-    rows = np.flatnonzero(union.any(axis=1))
-    if not len(rows):
+    # Searching a string of bytes for its first and last 1 is several times faster than any(axis=1).
+    data, width = union.tobytes(), union.shape[1]
+    first = data.find(1)
+    if first < 0:
         return None
-    columns = np.flatnonzero(union[rows[0] : rows[-1] + 1].any(axis=0))
-    return slice(max(rows[0] - 1, 0), rows[-1] + 2), slice(max(columns[0] - 1, 0), columns[-1] + 2)
+    top, bottom = first // width, data.rfind(1) // width
+    columns = np.flatnonzero(union[top : bottom + 1].any(axis=0))
+    return slice(max(top - 1, 0), bottom + 2), slice(max(int(columns[0]) - 1, 0), int(columns[-1]) + 2)
 
 
 def pack(frames: np.ndarray) -> np.ndarray:

@@ -24,7 +24,7 @@ class ScoringProtocol:
 
     resolution: "original"; "input" (the network's input size, or short side 360 where that is unknown); "letterbox"
     (241x425). tolerance: share of the image diagonal. average: "query" (frames, then queries, categories and groups),
-    "frame" (all frames of a group weigh the same) or "danet" (all frames of a category weigh the same, then categories).
+    "frame" (all frames of a group weigh the same) or "danet" (all frames of a category weigh the same).
     """
 
     name: str
