@@ -1,4 +1,4 @@
-"""Shared fixture: a dataset of a few small videos on disk, in the YouTube layout, with a manifest of its first group."""
+"""Shared fixture: a few small videos on disk, in the YouTube layout, with a manifest of their first group."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def write_video(root: Path, number: int, category: str) -> tuple[str, dict, dict
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory) -> SimpleNamespace:
-    """root, index, manifest and manifest file: 3 categories, 2 draws each, 2 query videos of 2 sentences: 24 queries."""
+    """root, index, manifest, its path: 3 categories, 2 draws each, 2 query videos of 2 sentences, so 24 queries."""
     root = tmp_path_factory.mktemp("small") / DATASET
     meta, spoken = {}, {}
     for category in CATEGORIES:
