@@ -54,6 +54,20 @@ def test_deformable_gradients_in_float64() -> None:
     torch.autograd.gradcheck(lambda *args: ms_deform_attn(args[0], SHAPES, *args[1:]), (value, locations, weights))
 
 
+@pytest.mark.parametrize(("channels", "queries", "wanted"), [(32, 90, "bags"), (8, 90, "grid"), (8, 5, "bags")])
+def test_deformable_picks_the_form_by_size(
+    channels: int, queries: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    for name, form in (("bags", sample_by_bags), ("grid", sample_by_grid)):
+        spy = lambda *args, name=name, form=form: used.append(name) or form(*args)  # noqa: E731
+        monkeypatch.setattr(deformable_attention, f"sample_by_{name}", spy)
+    shape = (1, queries, 2, 3, 2)
+    value = torch.randn(1, 49, 2, channels)
+    ms_deform_attn(value, SHAPES, torch.rand(*shape, 2), torch.rand(shape))
+    assert used == [wanted]
+
+
 def test_deformable_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     value, locations, weights = random_samples(n=5)
     whole = sample_by_bags(value, SHAPES, locations, weights)

@@ -88,7 +88,7 @@ class DeformableEncoderLayer(nn.Module):
     ) -> Tensor:
         """x and positions (N,S,C), references (N,S,L,2), padding bool (N,S) -> (N,S,C)."""
         x = self.norm1(x + self.dropout(self.self_attn(x + positions, references, x, shapes, padding)))
-        hidden = self.dropout(self.linear1(x).relu())
+        hidden = self.dropout(self.linear1(x).relu_())
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 

@@ -37,7 +37,7 @@ class DeformableDecoderLayer(nn.Module):
         placed = x + positions
         x = self.norm2(x + self.dropout(self.self_attn(placed, placed, x, need_weights=False)[0]))
         x = self.norm1(x + self.dropout(self.cross_attn(x + positions, references, memory, shapes, padding)))
-        hidden = self.dropout(self.linear1(x).relu())
+        hidden = self.dropout(self.linear1(x).relu_())
         return self.norm3(x + self.dropout(self.linear2(hidden)))
 
 

@@ -34,7 +34,7 @@ class VisionLanguageBlock(nn.Module):
             tokens + _tokens(positions), words + word_positions, words, key_padding_mask=word_mask, need_weights=False
         )
         tokens = self.norm2(tokens + self.dropout(found))
-        hidden = self.dropout(self.linear1(tokens).relu())
+        hidden = self.dropout(self.linear1(tokens).relu_())
         tokens = self.norm3(tokens + self.dropout(self.linear2(hidden)))
         return _maps(tokens, size[1], *size[3:])
 
@@ -76,7 +76,7 @@ class ConvNorm(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(super().forward(x))
-        return x.relu() if self.relu else x
+        return x.relu_() if self.relu else x
 
 
 class CrossModalFPN(nn.Module):
