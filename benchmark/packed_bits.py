@@ -27,7 +27,7 @@ def frame_counts(pred: np.ndarray, gt: np.ndarray, radius: int) -> np.ndarray:
         box = bounding_box(pred[part], gt[part])
         if box is not None:
             planes = np.stack([pack(gt[part, box[0], box[1]]), pack(pred[part, box[0], box[1]])])
-            counts[part] = _count_planes(planes, radius)[: len(gt[part])]
+            counts[part] = _count_planes(planes, len(gt[part]), radius)
     return counts
 
 
@@ -106,8 +106,8 @@ def _grow(flat: np.ndarray, step: int, count: int, reach: int = 1) -> np.ndarray
     return flat
 
 
-def _count_planes(planes: np.ndarray, radius: int) -> np.ndarray:
-    """uint8 (2,h,w) of gt and pred to int64 (8,6), the counts of `frame_counts` for each bit."""
+def _count_planes(planes: np.ndarray, frames: int, radius: int) -> np.ndarray:
+    """uint8 (2,h,w) of gt and pred to int64 (frames,6), the counts of `frame_counts` for each bit in use."""
     _, height, width = planes.shape
     row, margin = width + radius, radius * (width + radius + 1)
     size = 2 * (height + radius) * row
@@ -116,4 +116,4 @@ def _count_planes(planes: np.ndarray, radius: int) -> np.ndarray:
     boundary(planes, edges[:, :height, :width])
     matched = edges & dilate(flat, row, radius).reshape(edges.shape)[::-1]
     maps = (planes[0] & planes[1], planes[0] | planes[1], edges[0], edges[1], matched[0], matched[1])
-    return np.array([[np.count_nonzero(item & np.uint8(1 << bit)) for item in maps] for bit in range(FRAMES)])
+    return np.array([[np.count_nonzero(item & np.uint8(1 << bit)) for item in maps] for bit in range(frames)])
