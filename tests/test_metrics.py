@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fewref.benchmark.metrics import boundary_counts, contour_accuracy, frame_scores, radius, region_similarity
-from fewref.benchmark.packed_bits import disk_rectangles
+from fewref.benchmark.packed_bits import dilate, disk_rectangles
 
 
 def edge_pixels(mask: np.ndarray) -> list[tuple[int, int]]:
@@ -175,6 +175,16 @@ def test_rectangles_make_up_the_disk(reach: int) -> None:
     for width, height in disk_rectangles(reach):
         covered[reach - height : reach + height + 1, reach - width : reach + width + 1] = True
     assert np.array_equal(covered, grid[:, None] ** 2 + grid**2 <= reach**2)
+
+
+@pytest.mark.parametrize("reach", range(41))
+def test_a_pixel_dilates_to_the_disk(reach: int) -> None:
+    side, grid = 2 * reach + 1, np.arange(-reach, reach + 1)
+    row, margin = side + reach, reach * (side + reach + 1)
+    flat = np.zeros(side * row + 2 * margin, np.uint8)
+    flat[margin + reach * row + reach] = 0b101
+    grown = dilate(flat, row, reach).reshape(side, row)
+    assert np.array_equal(grown[:, :side], 0b101 * (grid[:, None] ** 2 + grid**2 <= reach**2))
 
 
 @pytest.mark.parametrize("tolerance", [-0.1, 1.5, math.nan])
