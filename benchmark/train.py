@@ -82,6 +82,8 @@ def train(
     options, out = read_options(config), Path(out)
     with processes(device, options.batch) as (place, rank, world):
         source = EpisodeSource(PixelCache(index, options.cache_bytes, options.size), group_videos(pools), options, seed)
+        if rank == 0 and (lonely := [name for name in pools if name not in source.videos]):
+            print(f"not trained on, having fewer than two videos: {', '.join(lonely)}", file=sys.stderr)
         network.to(place).train()
         run = Training(network, options, seed, out, list(source.videos), place, rank)
         done = run.restore() if resume else 0
@@ -103,7 +105,13 @@ def train(
                     run.save(done)
         weights = out / "weights.safetensors"
         if rank == 0:
-            entries = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "seed": str(seed), "steps": str(done), **provenance()}
+            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            entries = {"command": command, "seed": str(seed), "steps": str(done), **provenance()}
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "seed": str(seed),
+                "steps": str(done),
+                **provenance(),
+            }
             dtype = torch.float16 if options.half_weights else torch.float32
             save_checkpoint(weights, network.state_dict(), {**entries, **(metadata or {})}, dtype, tied)
         return weights

@@ -1,4 +1,4 @@
-"""Training: samples keyed by step and item, optimiser groups, the loop, continuing it, many processes."""
+"""Training: samples keyed by step and item, the loop, continuing it, many processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_case import golden_folder
 from safetensors.torch import load_file
 from torch import nn
 
-from fewref.benchmark.recipe import TrainOptions, build_optimiser, group_of, parameter_groups, rate, read_options
+from fewref.benchmark.recipe import read_options
 from fewref.benchmark.train import normalise, train
 from fewref.benchmark.train_data import EpisodeSource, PixelCache, batches, collate, group_videos
-from fewref.episodes.errors import InputError, read_json
+from fewref.episodes.errors import InputError
 from fewref.episodes.readers import DatasetIndex, read_index, read_masks
 from fewref.episodes.sampler import training_pools
 from fewref.episodes.synthetic import write_synthetic
@@ -113,9 +112,10 @@ def losses(folder: Path) -> list[tuple[str, ...]]:
     return [tuple(value for name, value in row.items() if name != "seconds") for row in rows(folder)]
 
 
-def test_loss_falls(index: DatasetIndex, pools: dict, tmp_path: Path) -> None:
-    few = {category: pools[category] for category in sorted(pools)[:2]}
+def test_loss_falls(index: DatasetIndex, pools: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    few = {category: pools[category] for category in sorted(pools)[:2]} | {"unicorn": pools["dog"][:1]}
     train(network=small_network(), tokenizer=tokenize, index=index, pools=few, config=RECIPE, out=tmp_path, tied=TIED)
+    assert "not trained on, having fewer than two videos: unicorn" in capsys.readouterr().err
     totals = [float(row["total"]) for row in rows(tmp_path)]
     assert len(totals) == 60
     assert np.mean(totals[-10:]) < 0.75 * np.mean(totals[:5])
@@ -307,52 +307,6 @@ def test_classes_need_two_videos() -> None:
         group_videos({"cat": (("a", None), ("a", None)), "dog": ()})
     assert list(group_videos({"cat": (("b", 1), ("a", 2), ("b", 3)), "dog": (("a", 1),)})) == ["cat"]
     assert group_videos({"cat": (("b", 1), ("a", 2), ("b", 3))})["cat"] == {"a": (2,), "b": (1, 3)}
-
-
-def test_optimiser_groups_of_upstream() -> None:
-    golden = read_json(golden_folder("cma") / "optimizer_groups.json")
-    names = {"lr_1e-4": "main", "lr_backbone_5e-5": "backbone", "lr_text_1e-5": "text", "lr_linear_proj_1e-4": "linear"}
-    for key, group in names.items():
-        assert [name for name in golden[key] if group_of(name, "upstream") != group] == []
-        assert [name for name in golden[key] if group_of(name) != group] == []
-    for name in golden["trainable_but_in_no_group"]:
-        assert group_of(name, "upstream") == ""
-        assert group_of(name) == "affinity"
-
-
-def test_optimiser_groups_of_the_whole_network() -> None:
-    golden = read_json(golden_folder("cma") / "optimizer_groups.json")
-    with torch.device("meta"):
-        text = build_text_encoder({"vocab_size": 10, "num_hidden_layers": 1})
-        network = CMANet(backbone=build_backbone("resnet50"), text_encoder=text)
-    names = {id(p): name for name, p in network.named_parameters()}
-    upstream = parameter_groups(network.named_parameters(), TrainOptions(faithful="upstream"))
-    found = {group["name"]: [names[id(p)] for p in group["params"]] for group in upstream}
-    assert found == {"main": golden["lr_1e-4"], "linear": golden["lr_linear_proj_1e-4"]}
-    assert [group["lr"] for group in upstream] == [1e-4, 1e-4]
-    fixed = parameter_groups(network.named_parameters(), TrainOptions())
-    affinity = next(group for group in fixed if group["name"] == "affinity")
-    assert [names[id(p)] for p in affinity["params"]] == golden["trainable_but_in_no_group"]
-    assert affinity["lr"] == 1e-4
-    assert build_optimiser(network, TrainOptions(), torch.device("cpu")).defaults["weight_decay"] == 5e-4
-
-
-def test_schedules() -> None:
-    paper = TrainOptions()
-    epoch = 36 * 100
-    factors = [rate(step, paper, 36) for step in (0, 3 * epoch - 1, 3 * epoch, 5 * epoch - 1, 5 * epoch)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    cosine = TrainOptions(schedule="cosine", steps=110, warmup=10)
-    assert [rate(step, cosine, 36) for step in (0, 9, 10, 60, 110)] == pytest.approx([0.1, 1, 1, 0.5, 0])
-
-
-def test_bad_options() -> None:
-    with pytest.raises(InputError, match="did you mean 'batch'"):
-        read_options({"bach": 2})
-    with pytest.raises(InputError, match="schedule: 'cosin' is unknown; did you mean 'cosine'"):
-        read_options({"schedule": "cosin"})
-    with pytest.raises(InputError, match="batch: 0 is too small"):
-        read_options({"batch": 0})
 
 
 WORKER = """
