@@ -107,11 +107,6 @@ def train(
         if rank == 0:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             entries = {"command": command, "seed": str(seed), "steps": str(done), **provenance()}
-                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                "seed": str(seed),
-                "steps": str(done),
-                **provenance(),
-            }
             dtype = torch.float16 if options.half_weights else torch.float32
             save_checkpoint(weights, network.state_dict(), {**entries, **(metadata or {})}, dtype, tied)
         return weights
