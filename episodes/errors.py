@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class InputError(Exception):
-    """Bad input. The message is one line which names the file, video or option and how to mend it; the exit code is 2."""
+    """Bad input: one line which names the file, video or option and how to mend it; the exit code is 2."""
 
 
 def near(wrong: str, known: Iterable[str]) -> str:
@@ -30,7 +30,8 @@ def read_json(path: Path) -> object:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}); download or write it again") from None
+        fault = f"not valid JSON (line {error.lineno}: {error.msg})"
+        raise InputError(f"{path}: {fault}; download or write it again") from None
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:

@@ -43,7 +43,7 @@ def write_synthetic(
 
     youtube: 48 categories, `videos_per_category` videos each; in a video all objects are of one group (id modulo 4). An
     object's "frames" in meta.json are those that show it. sail: 8 videos per class; only the object that the sentence
-    means is in the masks. davis: 4 videos per category, four sentences per object. mevis: 4 videos per category; since
+    means is in the masks. davis: 7 videos per category, four sentences per object. mevis: 7 videos per category; since
     that layout has no categories, `categories.json` beside it holds {video: {object id: category}}.
 
     size: (H, W) in pixels, 64 or more; frames: per video, 4 or more (every eighth youtube video has half as many more).
@@ -82,7 +82,7 @@ def _check(layouts: tuple[str, ...], limits: dict[str, tuple[int, int]]) -> None
 
 def _jobs(folder: Path, layout: str, seed: int, videos_per_category: int, size: tuple[int, int], frames: int) -> list:
     """The videos of one dataset, in the order in which the metadata lists them."""
-    per_category = {"youtube": videos_per_category, "sail": 8}.get(layout, 4)
+    per_category = {"youtube": videos_per_category, "sail": 8}.get(layout, 7)
     jobs, names = [], set()
     for category in CATEGORIES[layout]:
         for k in range(per_category):

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
+from fewref.episodes.errors import InputError
 from fewref.episodes.synthetic_scene import COLOURS, Cast, Scene, generator, paint, plan_scene
 from fewref.episodes.synthetic_text import describe, say
 
@@ -38,10 +39,13 @@ class Job:
 def write_video(job: Job) -> dict:
     """Write a video's images and masks; returns the entry of each metadata file: {file: value}."""
     rng = generator(job.key)
-    sentences = None
-    while sentences is None:
+    for _ in range(500):
         scene = plan_scene(rng, job.cast, job.frames, job.size)
         sentences = _SENTENCES[job.layout](rng, job, scene)
+        if sentences is not None:
+            break
+    else:
+        raise InputError(f"video {job.name}: no sentences tell its objects apart; give more frames or larger ones")
     frames = tuple(f"{5 * t:05d}" for t in range(job.frames))
     pixels = paint(rng, scene, blocky=job.layout == "sail")
     images = {"youtube": "train/JPEGImages", "sail": "Images"}.get(job.layout, "JPEGImages")

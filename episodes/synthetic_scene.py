@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from fewref.episodes.errors import InputError
 from fewref.episodes.synthetic_shapes import look, outline, surface
 
 COLOURS = {
@@ -73,8 +74,11 @@ def generator(key: str) -> np.random.Generator:
 
 
 def plan_scene(rng: np.random.Generator, cast: Cast, frames: int, size: tuple[int, int]) -> Scene:
-    """Draw attributes and paths until every object shows at least 30 % of itself in every frame (a leaver excepted)."""
-    while True:
+    """Draw attributes and paths until every object shows at least 30 % of itself in every frame (a leaver excepted).
+
+    Raises InputError where `frames` and `size` leave no room for such a scene.
+    """
+    for _ in range(5000):
         wanted = _attributes(rng, cast)
         room = 0.62 if rng.random() < 0.4 else 0.92  # how near two objects come, in sums of their radii
         paths = _paths(rng, wanted, frames, size, room, cast.leaver)
@@ -88,6 +92,9 @@ def plan_scene(rng: np.random.Generator, cast: Cast, frames: int, size: tuple[in
         keeps = [k for k in range(len(order)) if not (cast.leaver and order[k] == 0)]
         if shown[keeps].min() >= 0.3 and visible.any((2, 3)).sum(1).min() >= frames // 2:
             return Scene(things, amodal, visible, alphas)
+    raise InputError(
+        f"{frames} frames of {size[0]}x{size[1]} have no room for {len(wanted)} objects; give more frames or larger ones"
+    )
 
 
 def _attributes(rng: np.random.Generator, cast: Cast) -> list[dict]:
@@ -128,6 +135,8 @@ def _paths(rng, wanted: list[dict], frames: int, size: tuple[int, int], room: fl
         radius = scale * (low + (high - low) * rng.random())
         heading = np.array(MOTIONS[pick["motion"]], float)
         speed = scale * (2.2 + 1.0 * rng.random()) * (0.8 if heading[1] else 1.0) * min(1.0, 9 / frames)
+        if leaver and k == 0:  # fast enough to be seen in half of the frames before it is gone
+            speed = max(speed, 0.9 * radius / (frames - max(2, frames // 4) - frames // 2 + 1))
         for _ in range(40):
             margin = np.minimum(0.8 * radius + np.abs(heading) * speed * (frames - 1) / 2, extent / 2)
             centre = margin + (extent - 2 * margin) * rng.random(2)

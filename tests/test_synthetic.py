@@ -240,7 +240,7 @@ def test_sail_labels_one_object_as_1_or_255(data):
 
 def test_davis_has_four_different_sentences_per_object(data):
     index = read_index("builtin-davis", data)
-    assert len(index.videos) == 24
+    assert len(index.videos) == 42
     for video in index.videos.values():
         assert [e.objects[0] for e in video.expressions] == [n for n in video.objects for _ in range(4)]
         assert len({e.text for e in video.expressions}) == len(video.expressions)
@@ -302,3 +302,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device"):
         write_synthetic(tmp_path / "new", layouts=("davis",), workers=1)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("frames", "size"), [(4, (64, 64)), (5, (64, 80)), (12, (64, 64))])
+def test_short_and_small_videos_can_be_written(tmp_path, frames, size):
+    write_synthetic(tmp_path / "x", videos_per_category=1, layouts=("youtube",), frames=frames, size=size, workers=1)
+    assert len(read_index("mini-ref-youtube-vos", tmp_path / "x/mini-ref-youtube-vos").videos) == 48
