@@ -19,7 +19,7 @@ import fewref
 from fewref.episodes.manifest import Manifest
 from fewref.episodes.types import canonical_json
 from fewref.kernels.dispatch import backend_in_use
-from fewref.methods.base import Method
+from fewref.methods.base import UNTRAINED, Method
 from fewref.methods.weights import sha256
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "numpy", "scipy", "pillow", "pycocotools")
@@ -52,7 +52,7 @@ def header(
         "window": method.window,
         "seed": method.seed,
         "device": torch.device(method.device).type,
-        "checkpoint_sha256": sha256(Path(method.weights)) if method.weights else None,
+        "checkpoint_sha256": checkpoint_sha256(method),
         "parameters": method.parameters(),
         "dataset": manifest.dataset,
         "group": manifest.group,
@@ -66,6 +66,13 @@ def header(
     }
     run = hashlib.sha256(canonical_json(defines).encode()).hexdigest()[:12]
     return {"format": 1, "run": run, "defines": defines, "environment": environment(method.device)}
+
+
+def checkpoint_sha256(method: Method) -> str | None:
+    """64 hex digits of the method's checkpoint, "untrained", or None. Raises InputError for an unreadable file."""
+    if method.weights is None or method.weights == UNTRAINED:
+        return method.weights
+    return sha256(Path(method.weights))
 
 
 def environment(device: str) -> dict[str, Any]:

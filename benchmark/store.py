@@ -38,9 +38,9 @@ class Row:
 
     run: id of the run (header); seed: index of the support draw; status: "ok" or "failed", error: one line.
     scores: scoring protocol -> {"j", "f": one number in [0,1] per frame, "size": [H,W] scored at, "radius" of F,
-    "resized", "inter", "union": see `QueryScore`}; empty if failed. frames: of the query. window: frames that the method
-    saw at once, smaller than the run's after out-of-memory. seconds_adapt: of the episode's `adapt`, the same in all its rows; both seconds
-    without decoding and scoring. peak_bytes: see the header's `peak_memory`.
+    "resized", "inter", "union": see `QueryScore`}; empty if failed. frames: of the query. window: frames seen at
+    once, smaller than the run's after out-of-memory. seconds_adapt: of the episode's `adapt`, the same in all its rows;
+    both seconds without decoding and scoring. peak_bytes: see the header's `peak_memory`.
     """
 
     run: str

@@ -92,9 +92,8 @@ def plan_scene(rng: np.random.Generator, cast: Cast, frames: int, size: tuple[in
         keeps = [k for k in range(len(order)) if not (cast.leaver and order[k] == 0)]
         if shown[keeps].min() >= 0.3 and visible.any((2, 3)).sum(1).min() >= frames // 2:
             return Scene(things, amodal, visible, alphas)
-    raise InputError(
-        f"{frames} frames of {size[0]}x{size[1]} have no room for {len(wanted)} objects; give more frames or larger ones"
-    )
+    place = f"{frames} frames of {size[0]}x{size[1]}"
+    raise InputError(f"{place} have no room for {len(wanted)} objects; give more frames or larger ones")
 
 
 def _attributes(rng: np.random.Generator, cast: Cast) -> list[dict]:

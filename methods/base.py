@@ -10,6 +10,8 @@ import numpy as np
 
 from fewref.episodes.types import Prediction, Query, SupportSet
 
+UNTRAINED = "untrained"
+
 
 @dataclass(frozen=True)
 class MethodInfo:
@@ -31,8 +33,9 @@ class Method(abc.ABC):
     """Base of all methods. One object serves many episodes, one after the other.
 
     Every method is built with these keyword arguments and no others; a subclass may ignore what it has no use for.
-    weights: checkpoint file or None; config: "tiny" or "paper"; device: a torch device name; precision: "fp32" or "bf16";
-    window: frames the network sees at once; seed: of any randomness, so that equal seeds give equal predictions.
+    weights: checkpoint file, "untrained" for fresh weights drawn from `seed`, or None where a method has none;
+    config: "tiny", "paper" or a file; device: a torch device name; precision: "fp32" or
+    "bf16"; window: frames the network sees at once; seed: of any randomness, equal seeds give equal predictions.
     """
 
     info: MethodInfo
@@ -40,7 +43,7 @@ class Method(abc.ABC):
     def __init__(
         self,
         *,
-        weights: Path | None = None,
+        weights: Path | str | None = None,
         config: str = "tiny",
         device: str = "cpu",
         precision: str = "fp32",
@@ -59,7 +62,7 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def predict(self, query: Query) -> Prediction:
-        """Answer one query (pixels loaded) under the support of the last `adapt`; does not change the method's state."""
+        """Answer one query (pixels loaded) under the support of the last `adapt`; changes nothing for the next one."""
 
     def parameters(self) -> int:
         """Number of weights of the network, 0 without one."""

@@ -105,25 +105,29 @@ def answer_clip(
     text: TextFeatures,
     support: SupportFeatures,
     *,
+    prepared: dict[tuple, PreparedSupport] | None = None,
     chunk: int = 10,
     short_side: int = 360,
 ) -> ClipAnswer:
     """Segment what the sentence names in every frame: frames uint8 (T,3,H,W), text of one sentence (B=1).
 
     The frames are cut into chunks of `chunk`, the last one shorter; each is answered on its own under the same
-    support. The network must be in eval mode.
+    support. The network must be in eval mode. prepared: a dictionary to keep what of the support depends only on the
+    size of the maps, for further calls with the same network and support.
     """
     device = next(net.parameters()).device
     frames = resize_short_side(frames, short_side)
     size = frames.shape[-2:]
     sizes = torch.tensor([size], device=device)
-    prepared: PreparedSupport | None = None
+    prepared = {} if prepared is None else prepared
     probs, queries, scores = [], [], []
     for start in range(0, len(frames), chunk):
         part = normalise(frames[start : start + chunk], device)[None]
         maps = net.encode_query(part, torch.zeros(part.shape[:2] + size, dtype=torch.bool, device=device))
-        prepared = prepared or net.prepare_support(support, maps.shapes)
-        output = net(maps, None, sizes, text, prepared, auxiliary=False)
+        key = tuple(maps.shapes)
+        if key not in prepared:
+            prepared[key] = net.prepare_support(support, maps.shapes)
+        output = net(maps, None, sizes, text, prepared[key], auxiliary=False)
         query, score = select_query(output["pred_logits"][0])
         probs.append(probabilities(output["pred_masks"][0, :, query], size))
         queries.append(query)

@@ -1,0 +1,43 @@
+"""Checkpoints that come with the project: trained on the built-in data, one per method and group.
+
+Each is a folder `methods/checkpoints/<method>-<dataset>-<group>`: weights.safetensors, training.json, losses.csv.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewref.episodes.errors import InputError, near
+from fewref.methods.base import UNTRAINED
+
+CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
+
+
+def shipped_names() -> tuple[str, ...]:
+    """Names of the shipped checkpoints, as `--weights` takes them, sorted."""
+    return tuple(sorted(path.parent.name for path in CHECKPOINTS.glob("*/weights.safetensors")))
+
+
+def shipped_folder(method: str, dataset: str, group: str) -> Path:
+    """Where the checkpoint of a method, dataset and group lies, or would lie."""
+    return CHECKPOINTS / f"{method}-{dataset}-{group}"
+
+
+def find_weights(method: str, weights: str | None, config: str, dataset: str, group: str) -> Path | str:
+    """The checkpoint to use: a file, a shipped one by name, "untrained", or, with None, the shipped one that fits.
+
+    Raises InputError where there is none.
+    """
+    if weights is None:
+        folder = shipped_folder(method, dataset, group)
+        if config == "tiny" and folder.name in shipped_names():
+            return folder / "weights.safetensors"
+        raise InputError(
+            f"no checkpoint of {method} is shipped for {dataset}, group {group}, config {config}; give --weights FILE"
+        )
+    if weights == UNTRAINED or Path(weights).is_file():
+        return weights if weights == UNTRAINED else Path(weights)
+    if weights in shipped_names():
+        return CHECKPOINTS / weights / "weights.safetensors"
+    known = (UNTRAINED, *shipped_names())
+    raise InputError(f"--weights {weights}: no such file, nor a shipped checkpoint; {near(weights, known)}")
