@@ -269,8 +269,29 @@ def test_a_distribution_called_kernels_is_left_alone(foreign, installed, tmp_pat
     ours = Path(fewref.__file__).parent / "kernels/__init__.py"
     assert probe([foreign], tmp_path) == (theirs, "9.9", ours)
     assert probe([installed, foreign], tmp_path) == (theirs, "9.9", installed / "fewref/kernels/__init__.py")
-    shadowed, _, _ = probe([ROOT, foreign], tmp_path)  # what the layout avoids, to show that the probe would tell
-    assert shadowed == [ROOT / "kernels/__init__.py"] * 2
+    # What the layout avoids, to show that a name at the top would be taken for theirs.
+    shadowed = python("-c", "import kernels; print(kernels.__file__)", path=[ROOT, foreign], cwd=tmp_path)
+    assert Path(shadowed.strip()) == ROOT / "kernels/__init__.py"
+
+
+SPY = """
+import importlib.util
+from fewref.methods.base import MethodInfo
+from fewref.methods.controls import Empty
+import fewref
+class Spy(Empty):
+    found = importlib.util.find_spec("kernels").origin
+    info = MethodInfo(name="spy", summary=f"{found};{fewref.__file__}")
+"""
+
+
+@pytest.mark.parametrize("where", ["checkout", "elsewhere"])
+def test_the_script_hides_no_distribution(where, foreign, tmp_path):
+    (foreign / "spy.py").write_text(SPY)
+    cwd = ROOT if where == "checkout" else tmp_path
+    script = "run_benchmark.py" if where == "checkout" else ROOT / "run_benchmark.py"
+    printed = python(script, "describe", "spy:Spy", path=[foreign], cwd=cwd)
+    assert f"{foreign / 'kernels/__init__.py'};{ROOT / '__init__.py'}" in printed
 
 
 def test_no_source_is_too_long():
