@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from fewref.episodes.errors import InputError, near
+from fewref.methods.layers.matcher import LossWeights
 
 AFFINITY = ("support_qkv", "query_qkv", "conv_q")
 LINEAR = ("reference_points", "sampling_offsets")
@@ -27,6 +28,7 @@ class TrainOptions:
     samples_per_class episodes for each class. schedule: "step" (times drop_factor at each of drop_epochs, or at
     drop_steps) or "cosine" (to zero); warmup: steps of linear increase before it. clip_norm: largest total norm of the
     gradients, 0 for none.
+    loss_weights: terms (ce, bbox, giou, mask, dice) whose factor is not that of `LossWeights`.
     augment: "paper", "tiny" or "none". size: (H, W) that every frame is brought to first, None for its own size.
     precision: "fp32" or "bf16". faithful: "fixed", or "upstream" to train with upstream's faults: affinity projections
     in no optimiser group, boxes clamped along swapped axes, left and right swapped inside words, classes one after the
@@ -51,6 +53,7 @@ class TrainOptions:
     drop_factor: float = 0.1
     warmup: int = 0
     clip_norm: float = 0.1
+    loss_weights: Mapping[str, float] = field(default_factory=dict)
     augment: str = "paper"
     size: tuple[int, int] | None = None
     precision: str = "fp32"
@@ -73,6 +76,10 @@ class TrainOptions:
                 raise InputError(
                     f"training option {name}: {getattr(self, name)!r} is unknown; {near(getattr(self, name), known)}"
                 )
+        terms = [term.name for term in dataclasses.fields(LossWeights)]
+        for name in self.loss_weights:
+            if name not in terms:
+                raise InputError(f"training option loss_weights: {name!r} is unknown; {near(name, terms)}")
         for name in ("batch", "clip_frames", "support_frames", "log_every", "save_every", "workers", "epochs"):
             if getattr(self, name) < 1:
                 raise InputError(f"training option {name}: {getattr(self, name)} is too small; give at least 1")

@@ -27,6 +27,7 @@ from fewref.episodes.errors import InputError, write_atomic
 from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.sampler import generator
 from fewref.methods.layers.losses import criterion
+from fewref.methods.layers.matcher import LossWeights
 from fewref.methods.weights import Tied, save_checkpoint
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -138,7 +139,7 @@ class Training:
         self.optimiser.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             outputs = model(batch)
-        total, terms = criterion(outputs, batch.targets)
+        total, terms = criterion(outputs, batch.targets, LossWeights(**self.options.loss_weights))
         total.backward()
         if self.options.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)

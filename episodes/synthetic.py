@@ -20,21 +20,25 @@ from fewref.episodes.synthetic_scene import Cast, generator
 from fewref.splits import load_split
 
 YOUTUBE = tuple(load_split("builtin").categories)
+PRETRAIN = tuple(load_split("builtin-pretrain").categories)
 CATEGORIES = {
     "youtube": YOUTUBE,
+    "pretrain": PRETRAIN,
     "sail": tuple(load_split("builtin-sail").categories),
     "davis": ("bird", "camel", "car", "cow", "dog", "person"),
     "mevis": ("boat", "cat", "dog", "elephant", "horse", "truck"),
 }
-FOLDERS = {"youtube": "mini-ref-youtube-vos", "sail": "mini-ref-sail-vos", "davis": "mini-davis", "mevis": "mini-mevis"}
-LOOKS = {name: number for number, name in enumerate(YOUTUBE, 1)} | {"car": YOUTUBE.index("sedan") + 1}
+LAYOUTS = ("youtube", "sail", "davis", "mevis")
+FOLDERS = dict(zip(LAYOUTS, ("mini-ref-youtube-vos", "mini-ref-sail-vos", "mini-davis", "mini-mevis"), strict=True))
+FOLDERS |= {"pretrain": "pretrain"}
+LOOKS = {name: number for number, name in enumerate((*YOUTUBE, *PRETRAIN), 1)} | {"car": YOUTUBE.index("sedan") + 1}
 
 
 def write_synthetic(
     root: Path,
     seed: int = 0,
     videos_per_category: int = 10,
-    layouts: tuple[str, ...] = ("youtube", "sail", "davis", "mevis"),
+    layouts: tuple[str, ...] = LAYOUTS,
     size: tuple[int, int] = (96, 128),
     frames: int = 8,
     workers: int = 2,
@@ -45,6 +49,8 @@ def write_synthetic(
     object's "frames" in meta.json are those that show it. sail: 8 videos per class; only the object that the sentence
     means is in the masks. davis: 7 videos per category, four sentences per object. mevis: 7 videos per category; since
     that layout has no categories, `categories.json` beside it holds {video: {object id: category}}.
+
+    pretrain: as youtube, but 48 other categories, whose looks no benchmark has: what a network may be started on.
 
     size: (H, W) in pixels, 64 or more; frames: per video, 4 or more (every eighth youtube video has half as many more).
     The same arguments (workers apart) give the same bytes. Raises InputError for a value out of range, for a `root`
@@ -82,7 +88,7 @@ def _check(layouts: tuple[str, ...], limits: dict[str, tuple[int, int]]) -> None
 
 def _jobs(folder: Path, layout: str, seed: int, videos_per_category: int, size: tuple[int, int], frames: int) -> list:
     """The videos of one dataset, in the order in which the metadata lists them."""
-    per_category = {"youtube": videos_per_category, "sail": 8}.get(layout, 7)
+    per_category = {"sail": 8, "davis": 7, "mevis": 7}.get(layout, videos_per_category)
     jobs, names = [], set()
     for category in CATEGORIES[layout]:
         for k in range(per_category):
@@ -90,17 +96,19 @@ def _jobs(folder: Path, layout: str, seed: int, videos_per_category: int, size: 
             digest = hashlib.sha256(key.encode()).hexdigest()
             name = next(digest[i : i + 8] for i in range(56) if digest[i : i + 8] not in names)
             names.add(name)
-            longer = frames // 2 if layout == "youtube" and index % 8 == 7 else 0
-            cast = _cast(layout, category, k, key)
-            jobs.append(Job(folder, layout, name, key, index, cast, frames + longer, size))
+            written = "youtube" if layout == "pretrain" else layout
+            longer = frames // 2 if written == "youtube" and index % 8 == 7 else 0
+            cast = _cast(written, CATEGORIES[layout], category, k, key)
+            jobs.append(Job(folder, written, name, key, index, cast, frames + longer, size))
     return jobs
 
 
-def _cast(layout: str, category: str, k: int, key: str) -> Cast:
+def _cast(layout: str, categories: tuple[str, ...], category: str, k: int, key: str) -> Cast:
     rng = generator(f"{key}/cast")
     group = (LOOKS[category] - 1) % 4
-    same_group = [name for name in YOUTUBE if (LOOKS[name] - 1) % 4 == group and LOOKS[name] != LOOKS[category]]
-    rest = [name for name in CATEGORIES[layout] if name != category] if layout in ("davis", "mevis") else same_group
+    known = YOUTUBE if layout == "sail" else categories
+    same_group = [name for name in known if (LOOKS[name] - 1) % 4 == group and LOOKS[name] != LOOKS[category]]
+    rest = [name for name in categories if name != category] if layout in ("davis", "mevis") else same_group
     others = [(rest[i], LOOKS[rest[i]]) for i in rng.permutation(len(rest))[:2]]
     count = {"youtube": 2 if rng.random() < 0.2 else 1, "sail": 2 - k % 2, "davis": (1, 0, 1, 0)[k % 4], "mevis": 1}
     primaries = {"youtube": 2, "sail": 1 + k % 2, "davis": (1, 2, 2, 1)[k % 4], "mevis": 3}[layout]

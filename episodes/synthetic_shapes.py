@@ -47,7 +47,8 @@ def look(category_id: int) -> tuple[str, str]:
     """(shape, pattern) of a category id from 1 on.
 
     Classes whose ids agree modulo 4 (one of the four groups) hold every shape once; the same shape returns in the other
-    groups with other patterns, so a novel class is an unseen combination of a seen shape and a seen pattern.
+    groups with other patterns, so a novel class is an unseen combination of a seen shape and a seen pattern. The ids
+    from 49 on, of the pretraining set, are the 48 combinations that those up to 48 leave.
     """
     shape, group = (category_id - 1) // 4, (category_id - 1) % 4
     return SHAPES[shape % len(SHAPES)], PATTERNS[(shape + 3 * group) % len(PATTERNS)]

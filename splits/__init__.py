@@ -2,7 +2,8 @@
 
 Each `<dataset>.json` holds layout (folder layout: youtube, sail, davis, mevis), categories (names in the order of their
 ids 1, 2, ...; or the name of the dataset whose list it shares; empty where no list is published), groups (their number,
-0 for none) and counts (as published). Sources: hengliusky/Few_shot_RVOS (ids, groups), RSCM-FS-RVOS (counts).
+0 for one group of all categories, "none" where all are for training) and counts (as published).
+Sources: hengliusky/Few_shot_RVOS (ids, groups), RSCM-FS-RVOS (counts).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DATASETS = (
     "builtin-sail",
     "builtin-davis",
     "builtin-mevis",
+    "builtin-pretrain",
     "mini-ref-youtube-vos",
     "mini-ref-sail-vos",
     "mini-davis",
@@ -32,7 +34,8 @@ class Split:
     """What is fixed about a dataset before its files are read.
 
     categories: name -> upstream id (from 1), empty where no list is published (see `complete`). groups: group name ->
-    its novel (test) categories in id order; {"all": every category} for datasets without groups.
+    its novel (test) categories in id order; {"all": every category} for datasets without groups, {"none": ()} for one
+    that is for training only.
     counts: published numbers ("videos", "categories"), empty where none are known.
     """
 
@@ -76,8 +79,10 @@ def base_categories(split: Split, group: str) -> tuple[str, ...]:
     return tuple(name for name in split.categories if name not in novel)
 
 
-def _groups(categories: dict[str, int], count: int) -> dict[str, tuple[str, ...]]:
+def _groups(categories: dict[str, int], count: int | str) -> dict[str, tuple[str, ...]]:
     """Group g of `count` holds the categories with (id - 1) mod count = g - 1 (hengliusky/Few_shot_RVOS)."""
+    if count == "none":
+        return {"none": ()}
     if not count:
         return {"all": tuple(categories)}
     return {

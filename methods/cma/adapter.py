@@ -9,10 +9,10 @@ import torch
 
 from fewref.episodes.errors import InputError
 from fewref.episodes.types import Prediction, Query, SupportSet
-from fewref.methods.base import UNTRAINED, Method, MethodInfo
+from fewref.methods.base import UNTRAINED, Method, MethodInfo, Trainable
 from fewref.methods.cma.affinity import SupportFeatures, merge_shots
 from fewref.methods.cma.build import build_network, build_tokenizer, read_config
-from fewref.methods.cma.convert import load_cma
+from fewref.methods.cma.convert import TIED, load_cma, start_from
 from fewref.methods.cma.inference import answer_clip, encode_shot, masks_at, masks_at_input
 from fewref.methods.text import TextFeatures
 
@@ -92,6 +92,16 @@ class CMA(Method):
     def parameters(self) -> int:
         """Number of weights, frozen ones included."""
         return sum(parameter.numel() for parameter in self._net.parameters())
+
+    @classmethod
+    def trainable(cls, config: str, init: Path | None = None) -> Trainable:
+        """The network of this variant; `init`: a checkpoint of CMA or, as upstream starts from, of ReferFormer."""
+        settings = read_config(config)
+        network = build_network(settings, cls.variant)
+        if init:
+            start_from(network, init)
+        options = {**settings.train, **(settings.train_from if init else {})}
+        return Trainable(network, build_tokenizer(settings), options, TIED)
 
     def _chunk(self) -> int:
         return self.window

@@ -20,7 +20,8 @@ SHIPPED = ("tiny", "paper")
 class CMAConfig:
     """backbone: name and options for `build_backbone`; text: `encoder` for `build_text_encoder`, `tokenizer` for
     `load_tokenizer` (a file beside the configuration, or what that function takes); network: arguments of `CMANet`;
-    short_side: pixels that the short side of a frame has in the network; train: fields of `TrainOptions`."""
+    short_side: pixels that the short side of a frame has in the network; train: fields of `TrainOptions`;
+    train_from: those that differ where training starts from a checkpoint."""
 
     path: Path
     backbone: Mapping[str, Any]
@@ -28,6 +29,7 @@ class CMAConfig:
     network: Mapping[str, Any]
     short_side: int
     train: Mapping[str, Any]
+    train_from: Mapping[str, Any]
 
 
 def read_config(name: str) -> CMAConfig:

@@ -1,0 +1,276 @@
+"""What the commands do, one function each; parsing is in run_benchmark.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas
+import torch
+
+from fewref.benchmark.inputs import (
+    choose_device,
+    choose_groups,
+    find_runs,
+    first_draws,
+    get_manifest,
+    load_manifests,
+    open_dataset,
+)
+from fewref.benchmark.picture import write_picture
+from fewref.benchmark.protocol import get_protocol
+from fewref.benchmark.rescore import score_stored
+from fewref.benchmark.runner import RunResult, run
+from fewref.benchmark.store import MANIFEST, read_header
+from fewref.benchmark.train import provenance, train
+from fewref.episodes import leakage
+from fewref.episodes.check import check_dataset
+from fewref.episodes.checksums import verify_checksums, write_checksums
+from fewref.episodes.errors import InputError, near, write_atomic
+from fewref.episodes.manifest import read_manifest, write_manifest
+from fewref.episodes.sampler import build_manifest, episode_protocol, training_pools
+from fewref.methods.registry import load_method
+from fewref.methods.shipped import find_weights
+from fewref.splits import load_split
+
+CURVE_STEPS = 50  # steps that one point of a recorded loss curve averages over
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that `run` can be told; see the command's help. out: base folder; runs lie below it, one per group."""
+
+    method: str
+    dataset: str = "builtin"
+    data_root: Path | None = None
+    group: str = "all"
+    weights: str | None = None
+    config: str = "tiny"
+    protocol: str = "group"
+    scoring: tuple[str, ...] = ()
+    manifest: Path | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    draws: int | None = None
+    device: str = "auto"
+    precision: str = "fp32"
+    window: int = 10
+    seed: int = 0
+    text: str = "right"
+    support: str = "right"
+    shard: tuple[int, int] | None = None
+    workers: int = 1
+    out: Path | None = None
+    progress: bool = True
+
+
+def run_folder(options: RunOptions, group: str) -> Path:
+    """`runs/<dataset>-<protocol>/<method and ablations>/group-<g>`, or the last two parts below `--out`."""
+    label = options.method.replace(":", ".")
+    label += "".join(f"-{kind}-{mode}" for kind, mode in _ablations(options))
+    base = options.out or Path("runs") / f"{options.dataset}-{options.protocol}"
+    return base / label / f"group-{group}"
+
+
+def _ablations(options: RunOptions) -> list[tuple[str, str]]:
+    return [(kind, mode) for kind, mode in (("text", options.text), ("support", options.support)) if mode != "right"]
+
+
+def run_groups(options: RunOptions) -> list[RunResult]:
+    """Run a method on each group asked for, one run folder each. Raises InputError for bad options and data."""
+    cls = load_method(options.method)
+    protocol = get_protocol(options.protocol)
+    device = choose_device(options.device)
+    index = open_dataset(options.dataset, options.data_root)
+    groups = choose_groups(index, options.group)
+    if options.manifest and len(groups) > 1:
+        raise InputError(f"--manifest {options.manifest} is of one group; name it with --group")
+    if options.precision not in ("fp32", "bf16"):
+        raise InputError(f"--precision {options.precision!r}: {near(options.precision, ('fp32', 'bf16'))}")
+    if options.window < 1:
+        raise InputError(f"--window {options.window}: a window has at least one frame")
+    plans = []
+    for group in groups:
+        manifest = get_manifest(index, group, protocol, options.changes, options.manifest)
+        weights = None
+        if cls.info.needs_weights:
+            weights = find_weights(options.method, options.weights, options.config, options.dataset, group)
+        plans.append((group, first_draws(manifest, options.draws), weights))
+    results = []
+    for group, manifest, weights in plans:
+        method = cls(
+            weights=weights,
+            config=options.config,
+            device=device,
+            precision=options.precision,
+            window=options.window,
+            seed=options.seed,
+        )
+        results.append(
+            run(
+                method=method,
+                method_name=options.method,
+                manifest=manifest,
+                index=index,
+                out=run_folder(options, group),
+                scoring=options.scoring or (protocol.scoring,),
+                extras={"protocol": protocol.name},
+                text=options.text,
+                support=options.support,
+                shard=options.shard,
+                workers=options.workers,
+                progress=options.progress,
+            )
+        )
+    return results
+
+
+def train_group(
+    *,
+    method: str,
+    dataset: str,
+    data_root: Path | None,
+    group: str,
+    config: str,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    device: str = "auto",
+    init: Path | None = None,
+    resume: bool = True,
+) -> Path:
+    """Train a method on the base categories of one group; returns the path of the weights.
+
+    Writes below `out` what `train` writes, and training.json: command, seed, configuration, categories, loss curve.
+    Raises InputError for bad options and data.
+    """
+    cls = load_method(method)
+    index = open_dataset(dataset, data_root)
+    (group,) = choose_groups(index, group)
+    pools = training_pools(index, index.split(), group)
+    torch.manual_seed(seed)
+    parts = cls.trainable(config, init)
+    words = ["fewref", "train", "--method", method, "--dataset", dataset, "--group", group, "--config", config]
+    words += (
+        ["--seed", str(seed)] + (["--steps", str(steps)] if steps else []) + (["--init", init.name] if init else [])
+    )
+    command = " ".join(words)
+    weights = train(
+        network=parts.network,
+        tokenizer=parts.tokenizer,
+        index=index,
+        pools=pools,
+        config=parts.options,
+        out=out,
+        seed=seed,
+        device=choose_device(device),
+        steps=steps,
+        resume=resume,
+        tied=parts.tied,
+        metadata={"command": command, "method": method, "config": config, "group": group},
+    )
+    if int(os.environ.get("RANK", "0")) == 0:
+        record = {
+            "command": command,
+            "seed": seed,
+            "options": dict(parts.options),
+            "metadata_hash": index.metadata_hash(),
+            "base_categories": sorted(pools),
+            **provenance(),
+            **loss_curve(Path(out) / "losses.csv"),
+        }
+        write_atomic(Path(out) / "training.json", json.dumps(record, indent=1) + "\n")
+    return weights
+
+
+def loss_curve(path: Path) -> dict[str, Any]:
+    """From losses.csv: steps, seconds, and the mean of each term of the last layer over every `CURVE_STEPS` steps."""
+    losses = pandas.read_csv(path)
+    names = [
+        name for name in losses.columns if name == "total" or (name.startswith("loss_") and not name[-1].isdigit())
+    ]
+    blocks = losses[["step", *names]].groupby((losses.step - 1) // CURVE_STEPS)
+    means = blocks[names].mean().round(4)
+    curve = {"step": blocks["step"].max().tolist(), **{name: means[name].tolist() for name in names}}
+    return {"steps": int(losses.step.iloc[-1]), "seconds": round(float(losses.seconds.sum()), 1), "loss_curve": curve}
+
+
+def build_manifests(
+    *, dataset: str, data_root: Path | None, group: str, protocol: str, changes: dict[str, Any], out: Path
+) -> list[Path]:
+    """Draw the episodes of each group asked for and write one manifest each below `out`; returns their paths."""
+    index = open_dataset(dataset, data_root)
+    name = get_protocol(protocol).episodes.name
+    drawn = [
+        build_manifest(index, index.split(), g, episode_protocol(name, **changes)) for g in choose_groups(index, group)
+    ]
+    for manifest in drawn:
+        write_manifest(Path(out) / manifest.file_name, manifest)
+    return [Path(out) / manifest.file_name for manifest in drawn]
+
+
+def report(results: Sequence[RunResult]) -> int:
+    """Print a line per run; returns the exit code, 3 where queries failed."""
+    for result in results:
+        failed = f", {result.failed} failed" if result.failed else ""
+        print(f"{result.folder}: {len(result.rows)} queries{failed}")
+    return max(result.exit_code for result in results)
+
+
+def rescore(folders: Sequence[Path], data_root: Path | None, scoring: Sequence[str], out: Path, workers: int) -> int:
+    """Judge the stored predictions of every run under `folders` again; writes `out`/<last three parts of its path>.
+
+    Raises InputError where two runs would get one name, and as `score_stored`.
+    """
+    runs = find_runs(folders)
+    targets = [out.joinpath(*run.resolve().parts[-3:]) for run in runs]
+    if len(set(targets)) < len(targets):
+        raise InputError(f"{out}: two runs would be called {targets[0].relative_to(out)}; score them apart")
+    for folder, target in zip(runs, targets, strict=True):
+        manifest = read_manifest(folder / MANIFEST)
+        index = open_dataset(manifest.dataset, data_root)
+        score_stored(folder, manifest, index, scoring, target, workers)
+        print(target)
+    return 0
+
+
+def draw_picture(folders: Sequence[Path], data_root: Path | None, out: Path) -> Path:
+    """Write the picture of the runs under `folders`, all of one dataset; returns its path."""
+    runs = find_runs(folders)
+    datasets = sorted({read_header(folder)["defines"]["dataset"] for folder in runs})
+    if len(datasets) > 1:
+        raise InputError(f"the runs are of {' and '.join(datasets)}; draw one dataset at a time")
+    return write_picture(out, runs, {datasets[0]: open_dataset(datasets[0], data_root)})
+
+
+def check_manifests(files: Sequence[Path], data_root: Path | None) -> int:
+    """Print leaks and notes of each manifest; returns 1 where one leaks. With data_root it is held against the data."""
+    leaks = 0
+    for manifest in load_manifests(files):
+        index = open_dataset(manifest.dataset, data_root) if data_root else None
+        problems = leakage.check(manifest, load_split(manifest.dataset), index)
+        leaks += len(problems)
+        for line in problems:
+            print(f"{manifest.file_name}: LEAK: {line}")
+        for line in leakage.notes(manifest, load_split(manifest.dataset), index):
+            print(f"{manifest.file_name}: note: {line}")
+        asked = sum(len(episode.queries) for episode in manifest.episodes)
+        print(f"{manifest.file_name}: {len(problems)} leaks, {len(manifest.episodes)} episodes, {asked} queries")
+    return 1 if leaks else 0
+
+
+def check_data(dataset: str, folder: Path, fast: bool, checksums: str | None, file: Path | None) -> int:
+    """Print each fault of a dataset folder, or write or verify its checksums; returns 1 where there are faults."""
+    file = file or folder / "checksums.sha256"
+    if checksums == "write":
+        print(f"{file}: {write_checksums(folder, file)} files")
+        return 0
+    faults = verify_checksums(folder, file) if checksums else check_dataset(dataset, folder, fast)
+    for fault in faults:
+        print(fault)
+    print(f"{folder}: {len(faults)} faults", file=sys.stderr)
+    return 1 if faults else 0
