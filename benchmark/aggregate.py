@@ -23,6 +23,7 @@ MEAN = "mean"
 RESAMPLES = 2000
 LEVELS = (2.5, 97.5)
 FEW_VIDEOS = 5
+DECIMALS = 12  # the last digits of a matrix product depend on the processor; no table, tie or p value may
 # `ScoringProtocol.average` -> (what weighs the same, within what it is averaged first)
 AVERAGES = {"query": ("query", "category"), "frame": ("frame", "group"), "danet": ("frame", "category")}
 OTHER_AVERAGES = (("query", "category"), ("query", "group"), ("frame", "category"), ("frame", "group"))
@@ -67,6 +68,7 @@ def draw_means(sums: Sums, weights: np.ndarray) -> np.ndarray:
     """J and F of each draw under how often each cluster was drawn: weights (R, n) -> float64 (R, D, 2).
 
     A slot that a resample leaves without any query in a draw is left out of that draw's mean; NaN where all are.
+    Rounded to 12 decimals.
     """
     repeats, (clusters, draws) = len(weights), sums.counts.shape
     flat = sums.totals.reshape(clusters, -1)
@@ -76,7 +78,8 @@ def draw_means(sums: Sums, weights: np.ndarray) -> np.ndarray:
         value = (weights[:, part] @ flat[part]).reshape(repeats, draws, 2)
         total += np.divide(value, count, out=np.zeros_like(value), where=count > 0)
         seen += count > 0
-    return np.divide(total, seen, out=np.full_like(total, np.nan), where=seen > 0)
+    means = np.divide(total, seen, out=np.full_like(total, np.nan), where=seen > 0)
+    return np.round(means, DECIMALS)
 
 
 def resample_weights(dataset: str, group: str, clusters: Sequence[tuple[str, str]], resamples: int) -> np.ndarray:

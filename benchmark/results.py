@@ -94,8 +94,10 @@ def run_columns(folder: Path) -> dict[str, Any]:
 
 def describe_episodes(protocol: dict[str, Any]) -> str:
     """An episode protocol in words: its name and, in parentheses, its parameters."""
-    told = {name: value for name, value in protocol.items() if name != "name" and (name, value) != ("episodes", 0)}
-    return f"{protocol['name']} ({', '.join(f'{name} {value}'.replace('_', ' ') for name, value in told.items())})"
+    shown = [
+        f"{name} {value}" for name, value in protocol.items() if name != "name" and (name, value) != ("episodes", 0)
+    ]
+    return f"{protocol['name']} ({', '.join(shown).replace('_', ' ')})"
 
 
 def _load_run(folder: Path, name: str, scoring: str | None, partial: bool) -> pd.DataFrame:
