@@ -164,9 +164,11 @@ def _results(commands) -> None:
     compare = _command(commands, "compare", call_compare, "paired difference of two methods on the same queries")
     compare.add_argument("first", type=Path, help="run folder, or a folder above the runs of all groups")
     compare.add_argument("second", type=Path)
-    compare.add_argument("--scoring", help="scoring protocol, where the runs have several")
+    compare.add_argument("--scoring", help="one scoring protocol, where the runs have several")
     table = _command(commands, "table", call_table, "tables of all runs: Markdown, LaTeX, CSV, leaderboard.md")
     table.add_argument("folder", type=Path, nargs="+", help="run folders, or folders above them")
+    table.add_argument("--scoring", help="one scoring protocol, where the runs have several")
+    table.add_argument("--partial", action="store_true", help="also runs that are not finished, marked")
     table.add_argument("--out", type=Path, default=Path("."), help="where the files go (default: here)")
     picture = _command(commands, "picture", call_picture, "one PNG: per group an episode with each method's answer")
     picture.add_argument("folder", type=Path, nargs="+", help="run folders, or folders above them")
@@ -267,7 +269,7 @@ def call_table(o: argparse.Namespace) -> int:
     from fewref.benchmark.commands import find_runs
     from fewref.benchmark.table import write_tables
 
-    for path in write_tables(find_runs(o.folder), o.out):
+    for path in write_tables(find_runs(o.folder), o.out, o.scoring, o.partial):
         print(path)
     return 0
 

@@ -38,7 +38,7 @@ def everything() -> str:
 
 
 def describe(name: str, check: bool, weights: str | None, config: str, device: str) -> int:
-    """Print what a method declares of itself; with `check` also the contract's pass table. Returns 1 where one fails."""
+    """Print what a method declares of itself; with `check` also the contract, rule by rule. Returns 1 for a FAIL."""
     cls = load_method(name)
     info = cls.info
     lines = [(field, getattr(info, field)) for field in ("name", "kind", "summary", "paper", "source", "licence")]
