@@ -11,9 +11,10 @@ import pytest
 from fewref.episodes.errors import InputError
 from fewref.episodes.leakage import check
 from fewref.episodes.manifest import FROZEN, Manifest, check_matches, find_manifest, read_manifest, write_manifest
-from fewref.episodes.readers import index_from_metadata
+from fewref.episodes.readers import index_from_metadata, read_index
 from fewref.episodes.sampler import PROTOCOLS, build_manifest, episode_protocol
 from fewref.episodes.show import episode_text, find_episode
+from fewref.episodes.synthetic import FOLDERS, write_synthetic
 from fewref.episodes.types import Clip, Episode, Expression, Query, Shot, SupportSet, Target, from_json, to_json
 from fewref.splits import load_split
 
@@ -172,10 +173,23 @@ def test_five_draws_over_twelve_categories_stay_small(tmp_path):
 
 def test_frozen_manifests_are_sound():
     """Every list in the package reads, bears its own hash in its name and shows no leak."""
-    for path in sorted(FROZEN.glob("*.json")):
+    paths = sorted(FROZEN.glob("*.json"))
+    assert {path.name.rsplit("-", 1)[0] for path in paths} >= {f"builtin-{group}-group" for group in "1234"}
+    for path in paths:
         made = read_manifest(path)
         assert path.name == made.file_name
         assert check(made, load_split(made.dataset)) == []
+
+
+def test_frozen_manifests_are_those_of_the_built_in_data(tmp_path):
+    write_synthetic(tmp_path / "data")
+    for dataset in ("builtin", "builtin-sail", "builtin-davis", "builtin-mevis"):
+        split = load_split(dataset)
+        index = read_index(dataset, tmp_path / "data" / FOLDERS[split.layout])
+        for group in index.split().groups:
+            for name in ("group", "cma-paper"):
+                made = build_manifest(index, index.split(), group, episode_protocol(name))
+                assert (FROZEN / made.file_name).exists()
 
 
 def test_episode_in_words(manifest):
