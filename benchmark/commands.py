@@ -148,12 +148,14 @@ def train_group(
     Writes below `out` what `train` writes, and training.json: command, seed, configuration, categories, loss curve.
     Raises InputError for bad options and data.
     """
-    cls = load_method(method)
-    index = open_dataset(dataset, data_root)
-    (group,) = choose_groups(index, group)
-    pools = training_pools(index, index.split(), group)
+    device = choose_device(device)
     torch.manual_seed(seed)
-    parts = cls.trainable(config, init)
+    parts = load_method(method).trainable(config, init)
+    index = open_dataset(dataset, data_root)
+    (group, *more) = choose_groups(index, group)
+    if more:
+        raise InputError(f"--group: a training is of one group, such as {group}")
+    pools = training_pools(index, index.split(), group)
     words = ["fewref", "train", "--method", method, "--dataset", dataset, "--group", group, "--config", config]
     words += (
         ["--seed", str(seed)] + (["--steps", str(steps)] if steps else []) + (["--init", init.name] if init else [])
@@ -167,7 +169,7 @@ def train_group(
         config=parts.options,
         out=out,
         seed=seed,
-        device=choose_device(device),
+        device=device,
         steps=steps,
         resume=resume,
         tied=parts.tied,
@@ -264,7 +266,12 @@ def check_manifests(files: Sequence[Path], data_root: Path | None) -> int:
 
 
 def check_data(dataset: str, folder: Path, fast: bool, checksums: str | None, file: Path | None) -> int:
-    """Print each fault of a dataset folder, or write or verify its checksums; returns 1 where there are faults."""
+    """Print each fault of a dataset folder, or write or verify its checksums; returns 1 where there are faults.
+
+    Raises InputError where there is no folder, an unknown dataset, and as the checksum functions do.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; give the one that holds {dataset}")
     file = file or folder / "checksums.sha256"
     if checksums == "write":
         print(f"{file}: {write_checksums(folder, file)} files")

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -89,7 +90,7 @@ class Episode:
     queries: tuple[Query, ...]
     targets: tuple[Target, ...]
 
-    @property
+    @cached_property
     def id(self) -> str:
         """First 12 hex digits of the SHA-256 of the episode's canonical JSON."""
         return hashlib.sha256(canonical_json(to_json(self)).encode()).hexdigest()[:12]
