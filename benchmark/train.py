@@ -139,7 +139,7 @@ class Training:
         self.optimiser.zero_grad()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             outputs = model(batch)
-        total, terms = criterion(outputs, batch.targets, LossWeights(**self.options.loss_weights))
+        total, terms = criterion(outputs, batch.targets, LossWeights(**self.options.loss_weights), LossWeights())
         total.backward()
         if self.options.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)

@@ -123,10 +123,13 @@ class EpisodeSource:
         category = self.category(step, item)
         videos = list(self.videos[category])
         query = videos.pop(int(rng.integers(len(videos))))
-        first = self._clip(rng, category, query, self.options.clip_frames)
+        expression = self._expression(rng, category, query)
+        first = self._clip(rng, query, expression, self.options.clip_frames)
+        own = self.options.own_support > 0 and rng.random() < self.options.own_support
         for _ in range(SUPPORT_TRIES):
-            video = videos[int(rng.integers(len(videos)))]
-            second = self._clip(rng, category, video, self.options.support_frames)
+            video = query if own else videos[int(rng.integers(len(videos)))]
+            shown = expression if own else self._expression(rng, category, video)
+            second = self._clip(rng, video, shown, self.options.support_frames)
             if self.options.faithful == "upstream" or second.masks[len(second.masks) // 2].any():
                 break
         else:
@@ -134,9 +137,11 @@ class EpisodeSource:
         whole_words = self.options.faithful == "fixed"
         return tuple(augment(self.options.augment, sample, rng, whole_words) for sample in (first, second))
 
-    def _clip(self, rng: np.random.Generator, category: str, video: str, wanted: int) -> ClipSample:
+    def _expression(self, rng: np.random.Generator, category: str, video: str) -> Expression:
         expressions = self.videos[category][video]
-        expression = expressions[int(rng.integers(len(expressions)))]
+        return expressions[int(rng.integers(len(expressions)))]
+
+    def _clip(self, rng: np.random.Generator, video: str, expression: Expression, wanted: int) -> ClipSample:
         names = self.cache.index.videos[video].frames
         names = [names[position] for position in window(len(names), wanted, int(rng.integers(len(names))))]
         frames = self.cache.frames(video, names)

@@ -50,7 +50,8 @@ def write_synthetic(
     means is in the masks. davis: 7 videos per category, four sentences per object. mevis: 7 videos per category; since
     that layout has no categories, `categories.json` beside it holds {video: {object id: category}}.
 
-    pretrain: as youtube, but 48 other categories, whose looks no benchmark has: what a network may be started on.
+    pretrain: as youtube, but 48 other categories, whose looks no benchmark has, and more that only the support can tell
+    apart: always two distractors, mostly of the same colour, and often a single object of the video's category.
 
     size: (H, W) in pixels, 64 or more; frames: per video, 4 or more (every eighth youtube video has half as many more).
     The same arguments (workers apart) give the same bytes. Raises InputError for a value out of range, for a `root`
@@ -96,24 +97,26 @@ def _jobs(folder: Path, layout: str, seed: int, videos_per_category: int, size: 
             digest = hashlib.sha256(key.encode()).hexdigest()
             name = next(digest[i : i + 8] for i in range(56) if digest[i : i + 8] not in names)
             names.add(name)
+            cast = _cast(layout, category, k, key)
             written = "youtube" if layout == "pretrain" else layout
             longer = frames // 2 if written == "youtube" and index % 8 == 7 else 0
-            cast = _cast(written, CATEGORIES[layout], category, k, key)
             jobs.append(Job(folder, written, name, key, index, cast, frames + longer, size))
     return jobs
 
 
-def _cast(layout: str, categories: tuple[str, ...], category: str, k: int, key: str) -> Cast:
+def _cast(layout: str, category: str, k: int, key: str) -> Cast:
     rng = generator(f"{key}/cast")
     group = (LOOKS[category] - 1) % 4
-    known = YOUTUBE if layout == "sail" else categories
+    known, categories = PRETRAIN if layout == "pretrain" else YOUTUBE, CATEGORIES[layout]
     same_group = [name for name in known if (LOOKS[name] - 1) % 4 == group and LOOKS[name] != LOOKS[category]]
     rest = [name for name in categories if name != category] if layout in ("davis", "mevis") else same_group
     others = [(rest[i], LOOKS[rest[i]]) for i in rng.permutation(len(rest))[:2]]
+    look = (category, LOOKS[category])
+    if layout == "pretrain":
+        return Cast(look, tuple(others), primaries=1 + k % 2, alike=0.9)
     count = {"youtube": 2 if rng.random() < 0.2 else 1, "sail": 2 - k % 2, "davis": (1, 0, 1, 0)[k % 4], "mevis": 1}
     primaries = {"youtube": 2, "sail": 1 + k % 2, "davis": (1, 2, 2, 1)[k % 4], "mevis": 3}[layout]
     leaver = layout == "youtube" and rng.random() < 0.03
-    look = (category, LOOKS[category])
     return Cast(look, tuple(others[: count[layout]]), primaries, distinct_colours=layout == "davis", leaver=leaver)
 
 

@@ -59,13 +59,15 @@ class Scene:
 @dataclass(frozen=True)
 class Cast:
     """What a scene must hold. Categories are pairs (name, id that gives the look); the first `primaries` objects are of
-    `category`, the others of distinct `others`. leaver: one object moves out of the image."""
+    `category`, the others of distinct `others`. leaver: one object moves out of the image. alike: how often one of the
+    others has the colour of one of the first."""
 
     category: tuple[str, int]
     others: tuple[tuple[str, int], ...]
     primaries: int = 2
     distinct_colours: bool = False
     leaver: bool = False
+    alike: float = 0.5
 
 
 def generator(key: str) -> np.random.Generator:
@@ -114,7 +116,7 @@ def _attributes(rng: np.random.Generator, cast: Cast) -> list[dict]:
         wanted[2]["motion"] = motions[(motions.index(wanted[0]["motion"]) + 1 + rng.integers(4)) % 5]
     for other in cast.others:
         model = wanted[rng.integers(cast.primaries)]
-        pick = {"category": other, "colour": model["colour"] if rng.random() < 0.5 else colours[rng.integers(8)]}
+        pick = {"category": other, "colour": model["colour"] if rng.random() < cast.alike else colours[rng.integers(8)]}
         pick["size"] = model["size"] if rng.random() < 0.4 else sizes[rng.integers(2)]
         wanted.append(pick | {"motion": motions[rng.integers(5)]})
     if cast.leaver:

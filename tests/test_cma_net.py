@@ -12,7 +12,7 @@ from torch import Tensor
 from fewref.episodes.errors import InputError
 from fewref.methods.cma import inference
 from fewref.methods.cma.affinity import SupportFeatures, merge_shots
-from fewref.methods.cma.net import CMANet
+from fewref.methods.cma.net import SUPPORT_GAIN, CMANet
 from fewref.methods.layers.backbone import build_backbone
 from fewref.methods.text import TextFeatures, build_text_encoder, load_tokenizer
 
@@ -163,6 +163,32 @@ def test_training_reaches_all_but_the_unused_parameters() -> None:
     assert silent == {"support_qkv.query.weight", "support_qkv.query.bias"}
     assert not any(p.requires_grad for p in net.text_encoder.parameters())
     assert "reference_points" not in output
+
+
+def test_the_watched_affinity_is_the_attention_to_the_object() -> None:
+    """Against the full matrix by loops: its rows summed over the object's share of each support token."""
+    net = small_net(watch_affinity=True, dropout=0.0).train()
+    fused = [torch.randn(1, 2, 64, 4, 6), torch.randn(1, 2, 64, 2, 3)]
+    shot = support(net, 1)
+    prepared = net.prepare_support(shot, [(4, 6), (2, 3), (2, 2), (1, 1)])
+    prepared.levels, attention = prepared.levels[:2], []
+    net.affinity(fused, prepared, attention)
+    for query, (keys, _values, share), found in zip(fused, prepared.levels, attention, strict=True):
+        asked, seen = net.query_qkv.query(query[0]), query[:, 1]
+        asked = asked.permute(0, 2, 3, 1).flatten(0, 2)
+        own = [conv(seen)[0].flatten(1).T for conv in (net.query_qkv.Key, net.query_qkv.Value)]
+        x = net.layer_norm(asked + (asked @ own[0].T / asked.shape[1] ** 0.5).softmax(1) @ own[1])
+        weights = (x @ keys[0].T / x.shape[1] ** 0.5).softmax(1)
+        torch.testing.assert_close(found.flatten(), weights @ share[0])
+        assert share.min() >= 0
+        assert 0 < share.max() <= 1
+    assert "affinity" in net(*clip(0), SIZES, sentence(net, 0), shot)
+    assert "affinity" not in net.eval()(*clip(0), SIZES, sentence(net, 0), shot)
+
+
+def test_fresh_attention_to_the_support_is_a_similarity() -> None:
+    net = CMANet(backbone=build_backbone("tiny_resnet"), text_encoder=build_text_encoder(TEXT), hidden=64, ffn=64)
+    torch.testing.assert_close(net.support_qkv.Key.weight, SUPPORT_GAIN * net.query_qkv.query.weight)
 
 
 @torch.no_grad()

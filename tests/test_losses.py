@@ -10,7 +10,7 @@ import torch
 from torchvision.ops import generalized_box_iou
 
 from fewref.methods.layers.boxes import generalised_iou, to_centres, to_corners
-from fewref.methods.layers.losses import criterion, stack_layers, stack_targets, valid_frames
+from fewref.methods.layers.losses import affinity_loss, criterion, stack_layers, stack_targets, valid_frames
 from fewref.methods.layers.matcher import LossWeights, match, matching_cost
 
 B, T, Q, H, W = 3, 4, 5, 7, 9
@@ -177,3 +177,45 @@ def test_giou_agrees_with_torchvision_on_boxes_of_some_size() -> None:
     rng = torch.Generator().manual_seed(1)
     one, two = (to_corners(torch.rand(50, 4, generator=rng) + 0.1) for _ in range(2))
     torch.testing.assert_close(generalised_iou(one, two), generalized_box_iou(one, two).diagonal(), atol=1e-4, rtol=0)
+
+
+def test_affinity_loss_against_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(3, 2, 2, 3, generator=generator)
+    masks = (torch.rand(3, 2, 8, 12, generator=generator) > 0.6).float()
+    masks[1] = 0  # a clip that does not show its target says nothing
+    wanted = []
+    for clip in (0, 2):
+        hits, misses, common, squares, inside, outside = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+        for t in range(2):
+            for y in range(2):
+                for x in range(3):
+                    part = float(masks[clip, t, 4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean())
+                    a = float(share[clip, t, y, x])
+                    hits, misses = hits - part * math.log(a), misses - (1 - part) * math.log(1 - a)
+                    common, squares = common + a * part, squares + a * a + part * part
+                    inside, outside = inside + part, outside + 1 - part
+        wanted.append(hits / max(inside, 1) + misses / max(outside, 1) + 1 - 2 * common / squares)
+    if not (masks[2].unflatten(-1, (3, 4)).unflatten(-3, (2, 4)).mean((-1, -3)) > 0.5).any():
+        pytest.fail("the drawn masks must show the target at the coarse size")
+    assert float(affinity_loss([share], masks)) == pytest.approx(np.mean(wanted), rel=1e-5)
+
+
+def test_the_affinity_joins_the_total_with_its_weight() -> None:
+    outputs, targets = make()
+    height, width = outputs["pred_masks"].shape[-2:]
+    share = torch.full((*outputs["pred_logits"].shape[:2], height // 2, width // 2), 0.3, requires_grad=True)
+    plain, _ = criterion(outputs, targets)
+    total, terms = criterion({**outputs, "affinity": [share, share, share]}, targets, LossWeights(affinity=4))
+    torch.testing.assert_close(total - plain, 4 * terms["loss_affinity"])
+    assert "loss_affinity" not in criterion(outputs, targets)[1]
+
+
+def test_the_matching_has_weights_of_its_own() -> None:
+    outputs, targets = make()
+    heavy = LossWeights(ce=500)
+    _, together = criterion(outputs, targets, heavy)
+    _, apart = criterion(outputs, targets, heavy, LossWeights())
+    _, plain = criterion(outputs, targets)
+    assert {name: float(v) for name, v in apart.items()} == {name: float(v) for name, v in plain.items()}
+    assert any(float(together[name]) != float(plain[name]) for name in plain)

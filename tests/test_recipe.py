@@ -57,3 +57,9 @@ def test_bad_options() -> None:
         read_options({"schedule": "cosin"})
     with pytest.raises(InputError, match="batch: 0 is too small"):
         read_options({"batch": 0})
+
+
+def test_loss_weights_are_checked() -> None:
+    assert read_options({"loss_weights": {"ce": 20}}).loss_weights == {"ce": 20}
+    with pytest.raises(InputError, match="loss_weights: 'dise' is unknown; did you mean 'dice'"):
+        TrainOptions(loss_weights={"dise": 1})

@@ -49,9 +49,7 @@ class CMA(Method):
     ) -> None:
         super().__init__(weights=weights, config=config, device=device, precision=precision, window=window, seed=seed)
         if weights is None:
-            raise InputError(
-                f"method {self.info.name} needs a checkpoint; give --weights FILE, or `{UNTRAINED}` for none"
-            )
+            raise InputError(f"method {self.info.name} needs a checkpoint; give --weights FILE or {UNTRAINED}")
         settings = read_config(config)
         self._short_side, self._tokenizer = settings.short_side, build_tokenizer(settings)
         torch.manual_seed(seed)

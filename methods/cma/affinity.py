@@ -53,7 +53,8 @@ class SupportFeatures:
 class PreparedSupport:
     """A support brought to one size of query maps, `shapes`; reusable for every clip and sentence of that size.
 
-    levels: per level keys and values (B,K*h*w,C/2) for "cma", else a 1-tuple of foreground maps (B,S,C,h,w).
+    levels: per level keys and values (B,K*h*w,C/2) and how much of each key is object, (B,K*h*w) in [0,1], for "cma",
+    else a 1-tuple of foreground maps (B,S,C,h,w).
     """
 
     shapes: list[tuple[int, int]]
@@ -82,8 +83,13 @@ def foreground(maps: Tensor, masks: Sequence[Tensor], shape: tuple[int, int]) ->
     def resize(x: Tensor) -> Tensor:
         return F.interpolate(x, shape, mode="bilinear", align_corners=True)
 
-    weights = torch.stack([resize(mask[:, None].to(maps)) for mask in masks])  # (B,S,1,h,w)
-    return resize(maps.flatten(0, 1)).unflatten(0, maps.shape[:2]) * weights
+    return resize(maps.flatten(0, 1)).unflatten(0, maps.shape[:2]) * resize_masks(masks, shape).to(maps)
+
+
+def resize_masks(masks: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Masks, B tensors (S,H0,W0) of 0/1, at the size `shape`, with soft edges: float (B,S,1,h,w)."""
+    resized = [F.interpolate(mask[:, None].float(), shape, mode="bilinear", align_corners=True) for mask in masks]
+    return torch.stack(resized)
 
 
 def tokens(maps: Tensor) -> Tensor:
@@ -100,11 +106,21 @@ def prepare_support(support: SupportFeatures, shapes: list[tuple[int, int]], var
             frames = [part[:, 0] for part in parts]
             keys = torch.cat([tokens(qkv.Key(frame)) for frame in frames], 1)
             values = torch.cat([tokens(qkv.Value(frame)) for frame in frames], 1)
-            levels.append((keys, values))
+            share = torch.cat([resize_masks(shot.masks, shape).flatten(1) for shot in support.shots], 1)
+            levels.append((keys, values, share))
         else:
             shared = min(part.shape[1] for part in parts)
             levels.append((torch.stack([part[:, :shared] for part in parts]).mean(0),))
     return PreparedSupport(list(shapes), levels)
+
+
+def foreground_attention(asked: Tensor, keys: Tensor, share: Tensor) -> Tensor:
+    """How much of the affinity of each query token (B,N,C) goes to the object in the support: (B,N) in [0,1].
+
+    keys (B,M,C) and share (B,M) as in `PreparedSupport`. Holds the N x M matrix: for training on small frames.
+    """
+    logits = asked @ keys.transpose(1, 2) / asked.shape[-1] ** 0.5
+    return (logits.softmax(-1) @ share[..., None].to(logits)).squeeze(-1)
 
 
 def rewrite_level(
@@ -115,15 +131,17 @@ def rewrite_level(
     conv_q: nn.Module,
     norm: nn.Module,
     drop: nn.Module,
+    attention: list[Tensor] | None = None,
 ) -> Tensor:
     """Features which the transformer gets in place of the fused query maps of one level.
 
-    query (B,T,C,h,w); support: this level of a PreparedSupport. Returns (B,T,C,h,w). Raises ValueError where a
+    query (B,T,C,h,w); support: this level of a PreparedSupport. Returns (B,T,C,h,w). attention: a list that is to
+    receive the `foreground_attention` of variant "cma", as (B,T,h,w). Raises ValueError where a
     variant that pairs query frames with support frames has fewer support frames than query frames.
     """
     b, t = query.shape[:2]
     if variant == "cma":
-        keys, values = support
+        keys, values, _ = support
     else:
         (fore,) = support
         if fore.shape[1] < t:
@@ -136,6 +154,8 @@ def rewrite_level(
     asked = tokens(qkv.query(query.flatten(0, 1))).unflatten(0, (b, t)).flatten(1, 2)  # (B,T*h*w,C/2)
     x = norm(asked + drop(affinity(asked, tokens(qkv.Key(middle)), tokens(qkv.Value(middle)))))
     if variant == "cma":
+        if attention is not None:
+            attention.append(foreground_attention(x, keys, support[2]).unflatten(1, (t, *query.shape[3:])))
         x = norm(x + drop(affinity(x, keys, values)))
     kept = conv_q((query if variant == "cma" else fore).flatten(0, 1)).unflatten(0, (b, t))
     x = x.unflatten(1, (t, *query.shape[3:])).permute(0, 1, 4, 2, 3)

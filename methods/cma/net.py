@@ -34,6 +34,7 @@ from fewref.methods.layers.position import sine_positions_1d, sine_positions_2d
 from fewref.methods.text import TextFeatures, encode_sentences
 
 LEVELS = 4  # strides 8, 16, 32 and 64
+SUPPORT_GAIN = 6.0  # of fresh weights
 
 
 @dataclass
@@ -68,7 +69,8 @@ class CMANet(nn.Module):
 
     backbone: from `build_backbone`; text_encoder: from `build_text_encoder`. queries: per frame (times num_patterns if
     that is not 0). The default sizes are upstream's; names and shapes of the state dict equal upstream's. Frozen parts
-    get no gradient, but in train mode a frozen text encoder keeps its dropout, as upstream.
+    get no gradient, but in train mode a frozen text encoder keeps its dropout, as upstream. watch_affinity: in train
+    mode the output has `affinity`, how much each query token attends to the object in the support, for a loss on it.
     Raises InputError for an unknown variant.
     """
 
@@ -91,6 +93,7 @@ class CMANet(nn.Module):
         num_patterns: int = 0,
         freeze_backbone: bool = True,
         freeze_text: bool = True,
+        watch_affinity: bool = False,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -98,6 +101,7 @@ class CMANet(nn.Module):
         self.variant, self.use_dab, self.mask_channels = variant, use_dab, mask_channels
         self.hidden, self.queries, self.num_patterns = hidden, queries, num_patterns
         self.freeze_backbone, self.freeze_text = freeze_backbone, freeze_text
+        self.watch_affinity = watch_affinity and variant == "cma"
         # The order of the blocks is that of upstream's state dict: tied names are listed under the first (4).
         self.transformer = DeformableTransformer(
             channels=hidden,
@@ -143,6 +147,12 @@ class CMANet(nn.Module):
             nn.init.zeros_(mlp.layers[-1].bias)
             if index == 0:
                 nn.init.constant_(mlp.layers[-1].bias[2:], -2.0)
+        # From scratch, attention to the support begins as a similarity strong enough to be seen beside the query's own
+        # features, which are normalised; otherwise it takes very long to emerge.
+        self.support_qkv.Key.load_state_dict(self.query_qkv.query.state_dict())
+        with torch.no_grad():
+            self.support_qkv.Key.weight.mul_(SUPPORT_GAIN)
+            self.support_qkv.Value.weight.mul_(SUPPORT_GAIN)
 
     def encode_text(self, ids: Tensor, attention: Tensor) -> TextFeatures:
         """Token ids and attention (1 on tokens), both int64 (B,L) -> features of width `hidden`."""
@@ -201,7 +211,8 @@ class CMANet(nn.Module):
         query and padding as for `encode_query`, or its result (padding is then not read); sizes int (B,2), the
         unpadded input (H,W). Returns pred_logits (B,T,Q,1), pred_boxes (B,T,Q,4) cxcywh in [0,1], pred_masks
         (B,T,Q,h,w) logits at stride 4; with `auxiliary` also aux_outputs, the same of the earlier decoder layers; in
-        eval mode reference_points (B,T,Q,2), the centres which the last layer started from.
+        eval mode reference_points (B,T,Q,2), the centres which the last layer started from; in train mode with
+        `watch_affinity` affinity, per level (B,T,h,w) in [0,1].
         Raises ValueError where a prepared support belongs to other sizes.
         """
         maps = query if isinstance(query, QueryMaps) else self.encode_query(query, padding)
@@ -210,8 +221,9 @@ class CMANet(nn.Module):
         elif support.shapes != maps.shapes:
             raise ValueError(f"support prepared for {support.shapes}, but the query has {maps.shapes}")
         b, t = maps.projected[0].shape[:2]
+        attention: list[Tensor] | None = [] if self.watch_affinity and self.training else None
         decoded = self.transformer(
-            self.affinity([self._fuse(item, text) for item in maps.projected], support),
+            self.affinity([self._fuse(item, text) for item in maps.projected], support, attention),
             maps.masks[1:],
             maps.positions[1:],
             *self._queries(text.sentence, t),
@@ -222,15 +234,22 @@ class CMANet(nn.Module):
         output = dict(layers[-1])
         if auxiliary:
             output["aux_outputs"] = layers[:-1]
+        if attention is not None:
+            output["affinity"] = attention
         if not self.training:
             output["reference_points"] = decoded.boxes[-2, ..., :2].unflatten(0, (b, t))
         return output
 
-    def affinity(self, fused: list[Tensor], support: PreparedSupport) -> list[Tensor]:
-        """Fused query maps, four of (B,T,C,h,w) -> the transformer's inputs, four of (B*T,C,h,w) (3.5)."""
+    def affinity(
+        self, fused: list[Tensor], support: PreparedSupport, attention: list[Tensor] | None = None
+    ) -> list[Tensor]:
+        """Fused query maps, four of (B,T,C,h,w) -> the transformer's inputs, four of (B*T,C,h,w) (3.5).
+
+        attention: see `rewrite_level`.
+        """
         modules = (self.query_qkv, self.conv_q, self.layer_norm, self.dropout)
         levels = zip(fused, support.levels, strict=True)
-        return [rewrite_level(query, level, self.variant, *modules).flatten(0, 1) for query, level in levels]
+        return [rewrite_level(query, level, self.variant, *modules, attention).flatten(0, 1) for query, level in levels]
 
     def _backbone_maps(self, frames: Tensor) -> list[Tensor]:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):

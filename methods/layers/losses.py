@@ -11,10 +11,14 @@ from fewref.methods.layers.boxes import generalised_iou, to_corners
 from fewref.methods.layers.matcher import LossWeights, Truth, Tubes, match, matching_cost, tube_dice
 
 STRIDE = 4  # of the predicted masks
+AFFINITY_LEVELS = 2  # the finest, where an object covers several tokens
 
 
 def criterion(
-    outputs: dict, targets: list[dict[str, Tensor]], weights: LossWeights | None = None
+    outputs: dict,
+    targets: list[dict[str, Tensor]],
+    weights: LossWeights | None = None,
+    matching: LossWeights | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Total loss () and its unweighted terms, each a tensor () on the device of the outputs.
 
@@ -23,15 +27,20 @@ def criterion(
     targets: per clip `boxes` (T,4) cxcywh in [0,1], `masks` (T,H,W) 0/1 at the unpadded input size, `valid` (T,) 0/1.
     terms: loss_ce, loss_bbox, loss_giou, loss_mask, loss_dice and, for B = 1, cardinality_error (logged only), then the
     same with suffix _0, _1, ... for the earlier layers, each with its own matching. Computed in float32.
+    weights: of the terms in the total; matching: in the cost of the matching, the same unless given.
     Box terms count invalid frames and mask terms are divided by the number of frames, as upstream does.
     Source: specification of CMA, section 6 (`hengliusky/Few_shot_RVOS`).
     """
     weights = weights or LossWeights()
     tubes = stack_layers(outputs)
     truth = stack_targets(targets, tubes)
-    chosen = match(matching_cost(tubes, truth, weights))
+    chosen = match(matching_cost(tubes, truth, matching or weights))
     by_layer = layer_losses(tubes, truth, chosen)
     total = sum(getattr(weights, name) * value.sum() for name, value in by_layer.items())
+    extra = {}
+    if "affinity" in outputs:
+        extra["loss_affinity"] = affinity_loss(outputs["affinity"][:AFFINITY_LEVELS], truth.masks)
+        total = total + weights.affinity * extra["loss_affinity"]
     if len(targets) == 1:
         # One class only: the predicted count is always 0, so the error is the number of frames.
         frames = tubes.logits.shape[2]
@@ -42,7 +51,7 @@ def criterion(
         for name, value in by_layer.items():
             label = "cardinality_error" if name == "cardinality" else f"loss_{name}"
             terms[label + suffix] = value[layer].detach()
-    return total, terms
+    return total, terms | {name: value.detach() for name, value in extra.items()}
 
 
 def stack_layers(outputs: dict) -> Tubes:
@@ -88,6 +97,26 @@ def layer_losses(tubes: Tubes, truth: Truth, chosen: Tensor) -> dict[str, Tensor
         "dice": (1 - tube_dice(masks, truth.masks)).sum(1),
     }
     return {name: value / count for name, value in sums.items()}
+
+
+def affinity_loss(maps: list[Tensor], masks: Tensor) -> Tensor:
+    """Attention to the object in the support as a segmentation of the target: binary cross-entropy, target and rest
+    weighing the same, plus dice; mean over the levels and the clips that show the target, ().
+
+    maps: per level (B,T,h,w) in [0,1]; masks: targets float (B,T,H,W), 0/1, at a multiple of each level's size.
+    """
+    losses = []
+    for share in maps:
+        truth = F.adaptive_avg_pool2d(masks, share.shape[-2:])
+        shown = (truth.flatten(1).amax(1) > 0.5).float()
+        share = share.float().clamp(1e-5, 1 - 1e-5)
+        inside, outside = ((part.flatten(1), part.flatten(1).sum(1).clamp(min=1)) for part in (truth, 1 - truth))
+        hit, miss = share.log().flatten(1), (1 - share).log().flatten(1)
+        cross = -(inside[0] * hit).sum(1) / inside[1] - (outside[0] * miss).sum(1) / outside[1]
+        common = 2 * (share * truth).flatten(1).sum(1)
+        dice = 1 - common / (share.square() + truth.square()).flatten(1).sum(1)
+        losses.append(((cross + dice) * shown).sum() / shown.sum().clamp(min=1))
+    return torch.stack(losses).mean()
 
 
 def valid_frames(valid: Tensor) -> Tensor:

@@ -31,13 +31,17 @@ class Truth:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Factors of the five terms, the same in the matching cost and in the loss (CMA as released)."""
+    """Factors of the five terms, the same in the matching cost and in the loss (CMA as released).
+
+    affinity: of `affinity_loss`, an extension for networks that report their affinity; no part of the matching.
+    """
 
     ce: float = 2.0
     bbox: float = 5.0
     giou: float = 2.0
     mask: float = 2.0
     dice: float = 5.0
+    affinity: float = 1.0
 
 
 @torch.no_grad()
