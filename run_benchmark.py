@@ -90,6 +90,7 @@ def _demo(commands) -> None:
     demo = _command(commands, "demo", call_demo, "CMA and the controls on the built-in data: tables and a picture")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs, tables and picture")
     demo.add_argument("--draws", type=int, default=1, help="support draws asked, of five (default %(default)s)")
+    demo.add_argument("--more", action="store_true", help="also ask with an empty sentence and without a support")
     demo.add_argument("--retrain", action="store_true", help="train the shipped checkpoints again first (hours)")
 
 
@@ -231,7 +232,7 @@ def _speed(commands) -> None:
 def call_demo(o: argparse.Namespace) -> int:
     from fewref.benchmark.demo import demo
 
-    return demo(o.out, o.draws, o.retrain)
+    return demo(o.out, o.draws, o.more, o.retrain)
 
 
 def call_run(o: argparse.Namespace) -> int:

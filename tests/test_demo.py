@@ -3,7 +3,7 @@
 import pytest
 
 from fewref.benchmark.commands import RunOptions, run_folder, run_groups
-from fewref.benchmark.demo import ASKED, run_all
+from fewref.benchmark.demo import ABLATIONS, ASKED, run_all
 from fewref.benchmark.store import COSTS, read_rows
 from fewref.episodes.errors import InputError
 from fewref.methods.registry import METHODS
@@ -33,5 +33,5 @@ def test_bad_input_of_one_run_ends_all(small, tmp_path):
 
 def test_what_is_asked_has_every_control_and_both_ablations():
     assert {asked["method"] for asked in ASKED} == set(METHODS) - {"cma-self", "cma-base"}
-    assert {asked.get("text") for asked in ASKED} == {None, "empty", "other"}
-    assert {asked.get("support") for asked in ASKED} == {None, "other-category", "none"}
+    assert {asked.get("text") for asked in ASKED + ABLATIONS} == {None, "empty", "other"}
+    assert {asked.get("support") for asked in ASKED + ABLATIONS} == {None, "other-category", "none"}
