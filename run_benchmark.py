@@ -148,7 +148,7 @@ def _train(commands) -> None:
     _dataset_options(train, group="1")
     train.add_argument("--config", default="tiny", help="tiny, paper or a JSON file (default %(default)s)")
     train.add_argument("--out", type=Path, help="folder (default runs/train/<method>-<dataset>-<group>)")
-    train.add_argument("--init", type=Path, help="checkpoint to start from, as upstream starts from ReferFormer")
+    train.add_argument("--init", help="checkpoint to start from, file or shipped name (upstream: one of ReferFormer)")
     train.add_argument("--steps", type=int, help="stop after that many steps, the schedule unchanged")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; torchrun uses all")
@@ -245,10 +245,12 @@ def call_run(o: argparse.Namespace) -> int:
 
 def call_train(o: argparse.Namespace) -> int:
     from fewref.benchmark.commands import train_group
+    from fewref.methods.shipped import named_file
 
     out = o.out or Path("runs/train") / f"{o.method}-{o.dataset}-{o.group}"
-    names = ["method", "dataset", "data_root", "group", "config", "seed", "steps", "device", "init"]
-    print(train_group(**{name: getattr(o, name) for name in names}, out=out, resume=not o.no_resume))
+    init = named_file(o.init, "--init") if o.init else None
+    names = ["method", "dataset", "data_root", "group", "config", "seed", "steps", "device"]
+    print(train_group(**{name: getattr(o, name) for name in names}, init=init, out=out, resume=not o.no_resume))
     return 0
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that come with the project: trained on the built-in data, one per method and group.
 
-Each is a folder `methods/checkpoints/<method>-<dataset>-<group>`: weights.safetensors, training.json, losses.csv.
+Each is a folder `methods/checkpoints/<method>-<dataset>-<group>`: weights.safetensors and training.json.
 """
 
 from __future__ import annotations
@@ -35,9 +35,13 @@ def find_weights(method: str, weights: str | None, config: str, dataset: str, gr
         raise InputError(
             f"no checkpoint of {method} is shipped for {dataset}, group {group}, config {config}; give --weights FILE"
         )
-    if weights == UNTRAINED or Path(weights).is_file():
-        return weights if weights == UNTRAINED else Path(weights)
-    if weights in shipped_names():
-        return CHECKPOINTS / weights / "weights.safetensors"
-    known = (UNTRAINED, *shipped_names())
-    raise InputError(f"--weights {weights}: no such file, nor a shipped checkpoint; {near(weights, known)}")
+    return UNTRAINED if weights == UNTRAINED else named_file(weights, "--weights")
+
+
+def named_file(name: str, option: str) -> Path:
+    """A checkpoint file, or a shipped one by name. Raises InputError, naming the option, where there is none."""
+    if Path(name).is_file():
+        return Path(name)
+    if name in shipped_names():
+        return CHECKPOINTS / name / "weights.safetensors"
+    raise InputError(f"{option} {name}: no such file, nor a shipped checkpoint; {near(name, shipped_names())}")

@@ -13,7 +13,7 @@ from fewref.methods.weights import DROPPABLE, load_checkpoint, load_strict, look
 
 # The box heads are modules of the decoder too, so a state dict names them twice (cma.md section 4).
 TIED = (("bbox_embed.", "transformer.decoder.bbox_embed."),)
-# What a starting checkpoint does not give: its classes are others than CMA's single one (cma.md section 7).
+# What a ReferFormer checkpoint does not give: its classes are others than CMA's single one (cma.md section 7).
 REPLACED = ("class_embed.",)
 
 
@@ -29,13 +29,15 @@ def save_cma(network: nn.Module, path: Path, metadata: Mapping[str, str], dtype:
 
 def start_from(network: nn.Module, path: Path) -> tuple[str, ...]:
     """Start training from a ReferFormer checkpoint: copy every tensor the two networks share but the class heads.
+    A checkpoint of CMA gives the class heads too.
 
     Returns the names that keep their fresh values, sorted. Raises InputError for a file of another architecture, that
     is one with a shared name of another shape, or which shares too little to be a starting point.
     """
     state = load_checkpoint(path, TIED)
     own: Mapping[str, Tensor] = network.state_dict()
-    shared = {name: state[name] for name in own if name in state and not name.startswith(REPLACED)}
+    replaced = () if "support_qkv.Key.weight" in state else REPLACED
+    shared = {name: state[name] for name in own if name in state and not name.startswith(replaced)}
     if not any(name.startswith("backbone.") for name in shared) or not any(
         name.startswith("transformer.") for name in shared
     ):
