@@ -12,7 +12,7 @@ from torch import Tensor
 from fewref.episodes.errors import InputError
 from fewref.methods.cma import inference
 from fewref.methods.cma.affinity import SupportFeatures, merge_shots
-from fewref.methods.cma.net import SUPPORT_GAIN, CMANet
+from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.backbone import build_backbone
 from fewref.methods.text import TextFeatures, build_text_encoder, load_tokenizer
 
@@ -186,9 +186,12 @@ def test_the_watched_affinity_is_the_attention_to_the_object() -> None:
     assert "affinity" not in net.eval()(*clip(0), SIZES, sentence(net, 0), shot)
 
 
-def test_fresh_attention_to_the_support_is_a_similarity() -> None:
-    net = CMANet(backbone=build_backbone("tiny_resnet"), text_encoder=build_text_encoder(TEXT), hidden=64, ffn=64)
-    torch.testing.assert_close(net.support_qkv.Key.weight, SUPPORT_GAIN * net.query_qkv.query.weight)
+def test_fresh_attention_to_the_support_is_a_similarity_where_asked() -> None:
+    parts = {"backbone": build_backbone("tiny_resnet"), "text_encoder": build_text_encoder(TEXT)}
+    net = CMANet(**parts, hidden=64, ffn=64, support_gain=6.0)
+    torch.testing.assert_close(net.support_qkv.Key.weight, 6 * net.query_qkv.query.weight)
+    plain = CMANet(**parts, hidden=64, ffn=64)
+    assert not torch.equal(plain.support_qkv.Key.bias, plain.query_qkv.query.bias)
 
 
 @torch.no_grad()

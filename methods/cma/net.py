@@ -34,7 +34,6 @@ from fewref.methods.layers.position import sine_positions_1d, sine_positions_2d
 from fewref.methods.text import TextFeatures, encode_sentences
 
 LEVELS = 4  # strides 8, 16, 32 and 64
-SUPPORT_GAIN = 6.0  # of fresh weights
 
 
 @dataclass
@@ -69,7 +68,9 @@ class CMANet(nn.Module):
 
     backbone: from `build_backbone`; text_encoder: from `build_text_encoder`. queries: per frame (times num_patterns if
     that is not 0). The default sizes are upstream's; names and shapes of the state dict equal upstream's. Frozen parts
-    get no gradient, but in train mode a frozen text encoder keeps its dropout, as upstream. watch_affinity: in train
+    get no gradient, but in train mode a frozen text encoder keeps its dropout, as upstream. support_gain: factor of the
+    support's fresh weights, which then begin as those of the query; 0 leaves them random, as upstream, which suits a
+    start from another checkpoint. watch_affinity: in train
     mode the output has `affinity`, how much each query token attends to the object in the support, for a loss on it.
     Raises InputError for an unknown variant.
     """
@@ -93,6 +94,7 @@ class CMANet(nn.Module):
         num_patterns: int = 0,
         freeze_backbone: bool = True,
         freeze_text: bool = True,
+        support_gain: float = 0.0,
         watch_affinity: bool = False,
     ) -> None:
         super().__init__()
@@ -136,6 +138,8 @@ class CMANet(nn.Module):
         self.layer_norm = nn.LayerNorm(hidden // 2)
         self.dropout = nn.Dropout(dropout)
         self._reset_heads()
+        if support_gain:
+            self._make_similarity(support_gain)
         self.backbone.requires_grad_(not freeze_backbone)
         self.text_encoder.requires_grad_(not freeze_text)
 
@@ -147,12 +151,13 @@ class CMANet(nn.Module):
             nn.init.zeros_(mlp.layers[-1].bias)
             if index == 0:
                 nn.init.constant_(mlp.layers[-1].bias[2:], -2.0)
-        # From scratch, attention to the support begins as a similarity strong enough to be seen beside the query's own
-        # features, which are normalised; otherwise it takes very long to emerge.
+
+    def _make_similarity(self, gain: float) -> None:
+        """Let attention to the support begin as a similarity that is seen beside the query's normalised features."""
         self.support_qkv.Key.load_state_dict(self.query_qkv.query.state_dict())
         with torch.no_grad():
-            self.support_qkv.Key.weight.mul_(SUPPORT_GAIN)
-            self.support_qkv.Value.weight.mul_(SUPPORT_GAIN)
+            self.support_qkv.Key.weight.mul_(gain)
+            self.support_qkv.Value.weight.mul_(gain)
 
     def encode_text(self, ids: Tensor, attention: Tensor) -> TextFeatures:
         """Token ids and attention (1 on tokens), both int64 (B,L) -> features of width `hidden`."""
