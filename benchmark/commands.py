@@ -85,14 +85,15 @@ def run_groups(options: RunOptions) -> list[RunResult]:
     cls = load_method(options.method)
     protocol = get_protocol(options.protocol)
     device = choose_device(options.device)
-    index = open_dataset(options.dataset, options.data_root)
-    groups = choose_groups(index, options.group)
-    if options.manifest and len(groups) > 1:
-        raise InputError(f"--manifest {options.manifest} is of one group; name it with --group")
     if options.precision not in ("fp32", "bf16"):
         raise InputError(f"--precision {options.precision!r}: {near(options.precision, ('fp32', 'bf16'))}")
     if options.window < 1:
         raise InputError(f"--window {options.window}: a window has at least one frame")
+    wanted = options.group
+    if options.manifest and wanted == "all":
+        wanted = read_manifest(options.manifest).group
+    index = open_dataset(options.dataset, options.data_root)
+    groups = choose_groups(index, wanted)
     plans = []
     for group in groups:
         manifest = get_manifest(index, group, protocol, options.changes, options.manifest)
@@ -157,9 +158,9 @@ def train_group(
         raise InputError(f"--group: a training is of one group, such as {group}")
     pools = training_pools(index, index.split(), group)
     words = ["fewref", "train", "--method", method, "--dataset", dataset, "--group", group, "--config", config]
-    words += (
-        ["--seed", str(seed)] + (["--steps", str(steps)] if steps else []) + (["--init", init.name] if init else [])
-    )
+    words += ["--seed", str(seed)] + (["--steps", str(steps)] if steps else [])
+    if init:  # a file below the trainings is named by its training, since all are called alike
+        words += ["--init", init.parent.name if init.name == "weights.safetensors" else init.name]
     command = " ".join(words)
     weights = train(
         network=parts.network,
