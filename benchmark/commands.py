@@ -157,7 +157,9 @@ def train_group(
     if more:
         raise InputError(f"--group: a training is of one group, such as {group}")
     pools = training_pools(index, index.split(), group)
-    words = ["fewref", "train", "--method", method, "--dataset", dataset, "--group", group, "--config", config]
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    words = ["torchrun", "--nproc-per-node", str(world), "--no-python"] if world > 1 else []
+    words += ["fewref", "train", "--method", method, "--dataset", dataset, "--group", group, "--config", config]
     words += ["--seed", str(seed)] + (["--steps", str(steps)] if steps else [])
     if init:  # a file below the trainings is named by its training, since all are called alike
         words += ["--init", init.parent.name if init.name == "weights.safetensors" else init.name]

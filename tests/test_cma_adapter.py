@@ -135,7 +135,8 @@ def test_shipped_checkpoints(group):
     assert path.stat().st_size < 6_000_000
     assert read_metadata(path)["group"] == group
     record = json.loads((path.parent / "training.json").read_text())
-    assert record["command"].startswith("fewref train --method cma --dataset builtin --group " + group)
+    assert f"fewref train --method cma --dataset builtin --group {group} --config tiny" in record["command"]
+    assert record["command"].endswith("--init cma-builtin-pretrain-none")
     assert record["loss_curve"]["total"][-1] < record["loss_curve"]["total"][0]
     assert CMA(weights=path).parameters() == sum(p.numel() for p in build_network(read_config("tiny")).parameters())
 
