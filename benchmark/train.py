@@ -28,9 +28,8 @@ from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.sampler import generator
 from fewref.methods.layers.losses import criterion
 from fewref.methods.layers.matcher import LossWeights
+from fewref.methods.layers.pixels import normalise
 from fewref.methods.weights import Tied, save_checkpoint
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class EpisodeNetwork(nn.Module):
@@ -42,18 +41,17 @@ class EpisodeNetwork(nn.Module):
 
     def forward(self, batch: Batch) -> dict:
         """Outputs for the query clips, each under its own support."""
-        frames = normalise(batch.frames, batch.padding)
-        support_frames = normalise(batch.support_frames, batch.support_padding)
+        frames = normalise_padded(batch.frames, batch.padding)
+        support_frames = normalise_padded(batch.support_frames, batch.support_padding)
         support_text = self.network.encode_text(batch.support_ids, batch.support_attention)
         support = self.network.encode_support(support_frames, batch.support_padding, batch.support_masks, support_text)
         text = self.network.encode_text(batch.ids, batch.attention)
         return self.network(frames, batch.padding, batch.sizes, text, support)
 
 
-def normalise(frames: Tensor, padding: Tensor) -> Tensor:
-    """uint8 (B,T,3,H,W) -> float with the mean and deviation of ImageNet, zero where padding bool (B,T,H,W) is true."""
-    mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in (MEAN, STD))
-    return ((frames.float() / 255 - mean) / std).masked_fill(padding[:, :, None], 0)
+def normalise_padded(frames: Tensor, padding: Tensor) -> Tensor:
+    """uint8 (B,T,3,H,W) -> float, normalised, and zero where padding bool (B,T,H,W) is true."""
+    return normalise(frames).masked_fill(padding[:, :, None], 0)
 
 
 def train(

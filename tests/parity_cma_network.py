@@ -27,6 +27,7 @@ from fewref.methods.layers.deformable_decoder import DeformableTransformer
 from fewref.methods.layers.fpn import CrossModalFPN, VisionLanguageBlock
 from fewref.methods.layers.fusion import VisionLanguageFusion
 from fewref.methods.layers.mask_head import layer_masks
+from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.position import sine_anchors, sine_positions_1d, sine_positions_2d
 from fewref.methods.text import build_text_encoder
 
@@ -68,7 +69,7 @@ def padded_clip(frames: np.ndarray, size: np.ndarray) -> tuple[Tensor, Tensor]:
     """uint8 (T,h,w,3) -> normalised, zero-padded float (1,T,3,H,W), and the padding mask (1,T,H,W)."""
     t, h, w, _ = frames.shape
     right, below = int(size[1]) - w, int(size[0]) - h
-    clip = F.pad(inference.normalise(frames.transpose(0, 3, 1, 2)), (0, right, 0, below))
+    clip = F.pad(normalise(torch.tensor(frames.transpose(0, 3, 1, 2))), (0, right, 0, below))
     padding = torch.ones(1, t, *map(int, size), dtype=torch.bool)
     padding[..., :h, :w] = False
     return clip[None], padding

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fewref.benchmark.recipe import read_options
-from fewref.benchmark.train import normalise, train
+from fewref.benchmark.train import normalise_padded, train
 from fewref.benchmark.train_data import EpisodeSource, PixelCache, batches, collate, group_videos
 from fewref.episodes.errors import InputError
 from fewref.episodes.readers import DatasetIndex, read_index, read_masks
@@ -307,7 +307,7 @@ def test_batch_is_padded_to_multiples_of_32(index: DatasetIndex, pools: dict) ->
     assert batch.padding[..., 40:, :].all()
     assert batch.padding[..., 70:].all()
     assert batch.support_masks[0].shape == (2, 40, 70)
-    frames = normalise(batch.frames, batch.padding)
+    frames = normalise_padded(batch.frames, batch.padding)
     assert not frames.masked_select(batch.padding[:, :, None].expand_as(frames)).any()
     value = batch.frames[0, 0, :, 5, 7].double() / 255
     wanted = (value - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])

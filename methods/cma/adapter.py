@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,26 +38,17 @@ class CMA(Method):
     )
     variant = "cma"
 
-    def __init__(
-        self,
-        *,
-        weights: Path | str | None = None,
-        config: str = "tiny",
-        device: str = "cpu",
-        precision: str = "fp32",
-        window: int = 10,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(weights=weights, config=config, device=device, precision=precision, window=window, seed=seed)
-        if weights is None:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.weights is None:
             raise InputError(f"method {self.info.name} needs a checkpoint; give --weights FILE or {UNTRAINED}")
-        settings = read_config(config)
+        settings = read_config(self.config)
         self._short_side, self._tokenizer = settings.short_side, build_tokenizer(settings)
-        torch.manual_seed(seed)
+        torch.manual_seed(self.seed)
         self._net = build_network(settings, self.variant).eval()
-        if weights != UNTRAINED:
-            load_cma(self._net, Path(weights))
-        self._net.to(device)
+        if self.weights != UNTRAINED:
+            load_cma(self._net, Path(self.weights))
+        self._net.to(self.device)
         self._support: SupportFeatures | None = None
         self._support_frames = 0
         self._prepared: dict = {}

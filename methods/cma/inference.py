@@ -15,10 +15,8 @@ from torch import Tensor
 
 from fewref.methods.cma.affinity import PreparedSupport, SupportFeatures
 from fewref.methods.cma.net import CMANet
+from fewref.methods.layers.pixels import normalise
 from fewref.methods.text import TextFeatures
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
 
 
 @dataclass
@@ -48,13 +46,6 @@ def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
         return frames
     images = (Image.fromarray(frame.transpose(1, 2, 0)) for frame in frames)
     return np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1) for image in images])
-
-
-def normalise(frames: np.ndarray, device: str | torch.device = "cpu") -> Tensor:
-    """uint8 (...,3,H,W) RGB -> float32 on `device`, less ImageNet's mean, over its deviation."""
-    scaled = torch.tensor(frames, device=device).float() / 255
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD))
-    return (scaled - mean) / std
 
 
 def select_query(logits: Tensor) -> tuple[int, Tensor]:
@@ -93,7 +84,7 @@ def encode_shot(
 ) -> SupportFeatures:
     """One support clip: frames uint8 (S,3,H,W), masks bool (S,H,W) at the original size, text of its sentence (B=1)."""
     device = next(net.parameters()).device
-    frames = normalise(resize_short_side(frames, short_side), device)[None]
+    frames = normalise(torch.tensor(resize_short_side(frames, short_side), device=device))[None]
     padding = torch.zeros(1, len(masks), *frames.shape[-2:], dtype=torch.bool, device=device)
     return net.encode_support(frames, padding, torch.tensor(masks, device=device).float()[None], text)
 
@@ -122,7 +113,7 @@ def answer_clip(
     prepared = {} if prepared is None else prepared
     probs, queries, scores = [], [], []
     for start in range(0, len(frames), chunk):
-        part = normalise(frames[start : start + chunk], device)[None]
+        part = normalise(torch.tensor(frames[start : start + chunk], device=device))[None]
         maps = net.encode_query(part, torch.zeros(part.shape[:2] + size, dtype=torch.bool, device=device))
         key = tuple(maps.shapes)
         if key not in prepared:
