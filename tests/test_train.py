@@ -126,12 +126,12 @@ def test_loss_falls(index: DatasetIndex, pools: dict, tmp_path: Path, capsys: py
 
 def test_the_share_of_own_supports(index: DatasetIndex, pools: dict) -> None:
     """With own_support=1 the support shows the query's own object; without it never its video."""
-    own = source(index, pools, own_support=1.0, augment="none", support_frames=8, clip_frames=8)
+    own = source(index, pools, own_support=1.0, augment="none", support_frames=16, clip_frames=16)
     for item in range(6):
         query, support = own.episode(0, item)
         assert query.text == support.text
         np.testing.assert_array_equal(query.masks, support.masks)
-    plain = source(index, pools, augment="none", support_frames=8, clip_frames=8)
+    plain = source(index, pools, augment="none", support_frames=16, clip_frames=16)
     pairs = [plain.episode(0, item) for item in range(6)]
     assert not any(np.array_equal(query.frames, support.frames) for query, support in pairs)
 
