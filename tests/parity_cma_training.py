@@ -24,7 +24,8 @@ Check = Callable[[dict, Arrays, Path], None]
 
 def case_weights(case: dict) -> LossWeights:
     given = case.get("weight_dict")
-    return LossWeights(**{name: given[f"loss_{name}"] for name in vars(LossWeights())}) if given else LossWeights()
+    upstream = [name for name in vars(LossWeights()) if name != "affinity"]  # which is an extension
+    return LossWeights(**{name: given[f"loss_{name}"] for name in upstream}) if given else LossWeights()
 
 
 def target(arrays: Arrays, prefix: str) -> dict[str, torch.Tensor]:

@@ -202,7 +202,7 @@ def test_published_counts_are_compared_for_the_real_datasets_only(sound):
     assert found == []  # three categories, as published
     spare = [line for line in faults("mini-ref-youtube-vos", sound / "mini-davis", fast=True) if "published" in line]
     assert len(spare) == 2
-    assert "24 videos where 1668 are published" in spare[0]
+    assert "42 videos where 1668 are published" in spare[0]
 
 
 def test_a_folder_that_cannot_be_read_is_the_one_fault(tmp_path):

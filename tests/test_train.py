@@ -251,9 +251,9 @@ def test_episodes_are_of_one_category_and_show_the_support(index: DatasetIndex, 
     seen: list[tuple[str, str]] = []
     inner = EpisodeSource._clip
 
-    def watch(self, rng, category, video, wanted):
-        seen.append((category, video))
-        return inner(self, rng, category, video, wanted)
+    def watch(self, rng, video, expression, wanted):
+        seen.append((expression.category, video))
+        return inner(self, rng, video, expression, wanted)
 
     monkeypatch.setattr(EpisodeSource, "_clip", watch)
     rounds = len(drawn.videos)
