@@ -92,7 +92,8 @@ def wide(frame: pd.DataFrame, whole: pd.DataFrame | None = None, resamples: int 
     whole = summary(frame, resamples) if whole is None else whole
     keys = [*SECTION, "entry"]
     best, origins = ranks(frame, resamples), ablations(frame, resamples)
-    against = pd.concat([best.rename(columns={"best": "other"}), origins.rename(columns={"origin": "other"})])
+    both = [best.rename(columns={"best": "other"}), origins.rename(columns={"origin": "other"})]
+    against = pd.concat([part for part in both if len(part)] or both)
     means = whole[whole["group"] == MEAN].merge(against, on=keys, how="left", suffixes=("", "_less"))
     groups = dict(iter(whole[whole["group"] != MEAN].groupby(keys)))
     known = frame.groupby(SECTION)["group"].unique()
