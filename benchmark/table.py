@@ -93,7 +93,8 @@ def wide(frame: pd.DataFrame, whole: pd.DataFrame | None = None, resamples: int 
     keys = [*SECTION, "entry"]
     best, origins = ranks(frame, resamples), ablations(frame, resamples)
     both = [best.rename(columns={"best": "other"}), origins.rename(columns={"origin": "other"})]
-    against = pd.concat([part for part in both if len(part)] or both)
+    columns = list(dict.fromkeys(name for part in both for name in part.columns))
+    against = pd.concat([part for part in both if len(part)] or both).reindex(columns=columns)
     means = whole[whole["group"] == MEAN].merge(against, on=keys, how="left", suffixes=("", "_less"))
     groups = dict(iter(whole[whole["group"] != MEAN].groupby(keys)))
     known = frame.groupby(SECTION)["group"].unique()

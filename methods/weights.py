@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
+import json
 import pickle
 import re
 import warnings
@@ -103,7 +104,17 @@ def save_checkpoint(
         if not torch.equal(torch.isfinite(stored), torch.isfinite(tensor)):
             raise InputError(f"{path}: {name} holds values too large for {dtype}; save it as torch.float32")
         tensors[name] = stored.clone(memory_format=torch.contiguous_format)
-    write_atomic(path, safetensors.torch.save(tensors, metadata=dict(metadata or {})))
+    write_atomic(path, _sorted_header(safetensors.torch.save(tensors, metadata=dict(metadata or {}))))
+
+
+def _sorted_header(data: bytes) -> bytes:
+    # The library writes the text entries in an order that changes from call to call; equal weights make equal bytes.
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    entries = dict(sorted(header.pop("__metadata__", {}).items()))
+    text = json.dumps({"__metadata__": entries, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def read_metadata(path: Path) -> dict[str, str]:

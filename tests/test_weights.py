@@ -192,9 +192,13 @@ def test_half_precision_round_trip_with_metadata(tmp_path):
 
 def test_equal_weights_make_equal_bytes(tmp_path):
     state = nn.Linear(3, 2).state_dict()
-    for name in ("a", "b"):
-        save_checkpoint(tmp_path / name, state, {"x": "1", "y": "2"})
-    assert sha256(tmp_path / "a") == sha256(tmp_path / "b")
+    for name in range(8):
+        save_checkpoint(tmp_path / str(name), state, {"x": "1", "y": "2"})
+    assert len({sha256(path) for path in tmp_path.iterdir()}) == 1
+    assert read_metadata(tmp_path / "0") == {"x": "1", "y": "2"}
+    fresh = nn.Linear(3, 2)
+    load_strict(fresh, load_checkpoint(tmp_path / "0"), (), tmp_path / "0")
+    assert torch.equal(fresh.weight, state["weight"].half().float())
 
 
 def test_values_beyond_half_precision_are_not_written_as_infinity(tmp_path):
