@@ -282,5 +282,5 @@ def check_data(dataset: str, folder: Path, fast: bool, checksums: str | None, fi
     faults = verify_checksums(folder, file) if checksums else check_dataset(dataset, folder, fast)
     for fault in faults:
         print(fault)
-    print(f"{folder}: {len(faults)} faults", file=sys.stderr)
+    print(f"{folder}: {len(faults)} {'fault' if len(faults) == 1 else 'faults'}", file=sys.stderr)
     return 1 if faults else 0
