@@ -1,0 +1,1 @@
+"""TF2: ReferFormer with a second image stream, the tracked object alone."""
