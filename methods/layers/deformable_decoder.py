@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,15 @@ from fewref.kernels.deformable_attention import Shapes
 from fewref.methods.layers.deformable import DeformableEncoder, MSDeformAttn, valid_ratio
 from fewref.methods.layers.mlp import MLP, xavier_matrices
 from fewref.methods.layers.position import sine_anchors
+
+
+class Memory(NamedTuple):
+    """An encoder's result as the decoder attends to it: tokens (N,S,C) of all levels, the (h,w) of each level, and
+    padding bool (N,S)."""
+
+    tokens: Tensor
+    shapes: Shapes
+    padding: Tensor | None
 
 
 class DeformableDecoderLayer(nn.Module):
@@ -31,12 +41,25 @@ class DeformableDecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, positions: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, padding: Tensor | None
+        self,
+        x: Tensor,
+        positions: Tensor,
+        references: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        padding: Tensor | None,
+        tracking: Memory | None = None,
     ) -> Tensor:
-        """x and positions (N,Q,C), references (N,Q,L,2|4), memory (N,S,C), padding bool (N,S) -> (N,Q,C)."""
+        """x and positions (N,Q,C), references (N,Q,L,2|4), memory (N,S,C), padding bool (N,S) -> (N,Q,C).
+
+        tracking: a second memory that the queries attend to first, with the same references, weights and norm
+        (TF2 specification, section 2).
+        """
         placed = x + positions
         x = self.norm2(x + self.dropout(self.self_attn(placed, placed, x, need_weights=False)[0]))
-        x = self.norm1(x + self.dropout(self.cross_attn(x + positions, references, memory, shapes, padding)))
+        for seen in (tracking, Memory(memory, shapes, padding)):
+            if seen is not None:
+                x = self.norm1(x + self.dropout(self.cross_attn(x + positions, references, *seen)))
         hidden = self.dropout(self.linear1(x).relu_())
         return self.norm3(x + self.dropout(self.linear2(hidden)))
 
@@ -45,14 +68,19 @@ class DeformableDecoder(nn.Module):
     """A stack of decoder layers; `bbox_embed` (one MLP per layer) refines the reference after each.
 
     use_dab: the queries are anchor boxes whose embedding is their position (DAB-DETR, Liu et al., ICLR 2022).
+    refined=False: there is no `bbox_embed` and the reference points stay as they are; not with use_dab (ValueError).
     """
 
     bbox_embed: nn.ModuleList
 
-    def __init__(self, layers: int, channels: int, *layer: object, use_dab: bool) -> None:
+    def __init__(self, layers: int, channels: int, *layer: object, use_dab: bool, refined: bool = True) -> None:
         super().__init__()
+        if use_dab and not refined:
+            raise ValueError(
+                "anchor boxes (use_dab) are refined from layer to layer; refined=False does not go with them"
+            )
         self.layers = nn.ModuleList(DeformableDecoderLayer(channels, *layer) for _ in range(layers))
-        self.channels, self.use_dab = channels, use_dab
+        self.channels, self.use_dab, self.refined = channels, use_dab, refined
         if use_dab:
             self.query_scale = MLP(channels, channels, channels, 2)
             self.ref_point_head = MLP(2 * channels, channels, channels, 2)
@@ -66,19 +94,22 @@ class DeformableDecoder(nn.Module):
         shapes: Shapes,
         valid_ratios: Tensor,
         padding: Tensor | None,
+        tracking: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
         """content (N,Q,C); positions (N,Q,C), or None with use_dab; references (Q,4) with use_dab, else (N,Q,2);
-        memory (N,S,C); valid_ratios (N,L,2); padding bool (N,S).
+        memory (N,S,C); valid_ratios (N,L,2) and padding bool (N,S) of the memory; tracking: see the layer.
 
-        Returns the states (layers,N,Q,C) and the refined boxes (layers,N,Q,4), which carry no gradient.
+        Returns the states (layers,N,Q,C) and the references after each layer: the refined boxes (layers,N,Q,4), which
+        carry no gradient, or with refined=False the given points (layers,N,Q,2).
         """
         x, states, boxes = content, [], []
         for index, layer in enumerate(self.layers):
             placed = place_references(references, valid_ratios)
             if self.use_dab:
                 positions = self._anchor_positions(x, placed[:, :, 0], first=index == 0)
-            x = layer(x, positions, placed, memory, shapes, padding)
-            references = refine(self.bbox_embed[index](x), references).detach()
+            x = layer(x, positions, placed, memory, shapes, padding, tracking)
+            if self.refined:
+                references = refine(self.bbox_embed[index](x), references).detach()
             states.append(x)
             boxes.append(references)
         return torch.stack(states), torch.stack(boxes)
@@ -124,7 +155,7 @@ def inverse_sigmoid(x: Tensor, floor: float = 1e-5) -> Tensor:
 @dataclass
 class Decoded:
     """states (layers,N,Q,C); memory: the encoder's maps (N,C,h,w), one per level; initial: the first references, (Q,4)
-    or (N,Q,2); boxes (layers,N,Q,4) after each layer."""
+    or (N,Q,2); boxes (layers,N,Q,4) after each layer, or without refinement points (layers,N,Q,2)."""
 
     states: Tensor
     memory: list[Tensor]
@@ -147,16 +178,18 @@ class DeformableTransformer(nn.Module):
         levels: int = 4,
         points: int = 4,
         use_dab: bool = True,
+        refined: bool = True,
     ) -> None:
         super().__init__()
         layer = (channels, heads, ffn, dropout, levels, points)
         self.level_embed = nn.Parameter(torch.empty(levels, channels))
         self.encoder = DeformableEncoder(encoder_layers, *layer)
-        self.decoder = DeformableDecoder(decoder_layers, *layer, use_dab=use_dab)
+        self.decoder = DeformableDecoder(decoder_layers, *layer, use_dab=use_dab, refined=refined)
         if not use_dab:
             self.reference_points = nn.Linear(channels, 2)
         self._reset_parameters()
-        self.decoder.bbox_embed = nn.ModuleList(MLP(channels, channels, 4, 3) for _ in range(decoder_layers))
+        if refined:
+            self.decoder.bbox_embed = nn.ModuleList(MLP(channels, channels, 4, 3) for _ in range(decoder_layers))
 
     def _reset_parameters(self) -> None:
         xavier_matrices(self)
@@ -168,12 +201,23 @@ class DeformableTransformer(nn.Module):
         nn.init.normal_(self.level_embed)
 
     def forward(
-        self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor], content: Tensor, queries: Tensor
+        self,
+        maps: list[Tensor],
+        masks: list[Tensor],
+        positions: list[Tensor],
+        content: Tensor,
+        queries: Tensor,
+        tracking: Memory | None = None,
     ) -> Decoded:
         """maps and positions (N,C,h,w) and masks bool (N,h,w), True on padding, one per level; content (N,Q,C).
 
-        queries: anchor logits (Q,4) with use_dab, else query positions (Q,C).
+        queries: anchor logits (Q,4) with use_dab, else query positions (Q,C). tracking: what `encode` gives of
+        other images of the same frames, for the queries to attend to first.
         """
+        return self.decode(*self.encode(maps, masks, positions), content, queries, tracking)
+
+    def encode(self, maps: list[Tensor], masks: list[Tensor], positions: list[Tensor]) -> tuple[Memory, Tensor]:
+        """The encoder's memory of maps, masks and positions as for `forward`, and its valid ratios (N,L,2)."""
         shapes = [tuple(mask.shape[-2:]) for mask in masks]
         x = torch.cat([item.flatten(2).transpose(1, 2) for item in maps], 1)  # (N,S,C)
         places = [
@@ -181,15 +225,26 @@ class DeformableTransformer(nn.Module):
         ]
         padding = torch.cat([mask.flatten(1) for mask in masks], 1)
         valid_ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)  # (N,L,2)
-        memory = self.encoder(x, torch.cat(places, 1), shapes, valid_ratios, padding)
+        tokens = self.encoder(x, torch.cat(places, 1), shapes, valid_ratios, padding)
+        return Memory(tokens, shapes, padding), valid_ratios
 
+    def decode(
+        self,
+        memory: Memory,
+        valid_ratios: Tensor,
+        content: Tensor,
+        queries: Tensor,
+        tracking: Memory | None = None,
+    ) -> Decoded:
+        """Let the queries look at what `encode` gave; content, queries and tracking as for `forward`."""
+        tokens, shapes, padding = memory
         places = None
         if self.decoder.use_dab:
             references = queries.float().sigmoid()
         else:
             places = queries.expand(len(content), -1, -1)
             references = self.reference_points(places).float().sigmoid()
-        states, boxes = self.decoder(content, places, references, memory, shapes, valid_ratios, padding)
-        parts = memory.split([h * w for h, w in shapes], 1)
-        memory = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
-        return Decoded(states, memory, references, boxes)
+        states, boxes = self.decoder(content, places, references, tokens, shapes, valid_ratios, padding, tracking)
+        parts = tokens.split([h * w for h, w in shapes], 1)
+        maps = [part.transpose(1, 2).unflatten(2, shape) for part, shape in zip(parts, shapes, strict=True)]
+        return Decoded(states, maps, references, boxes)
