@@ -8,9 +8,11 @@ from fewref.kernels.dynamic_mask import dynamic_mask_head, parameter_counts
 from fewref.methods.layers.mlp import MLP
 
 
-def build_controller(channels: int, mask_channels: int, width: int = 8, layers: int = 3) -> MLP:
+def build_controller(
+    channels: int, mask_channels: int, width: int = 8, layers: int = 3, coordinates: bool = True
+) -> MLP:
     """MLP from a query's state (channels) to the parameters of its mask head; Xavier weights, zero biases."""
-    weights, biases = parameter_counts(mask_channels, width, layers)
+    weights, biases = parameter_counts(mask_channels, width, layers, coordinates)
     controller = MLP(channels, channels, sum(weights) + sum(biases), 3)
     for layer in controller.layers:
         nn.init.xavier_uniform_(layer.weight)
@@ -18,14 +20,19 @@ def build_controller(channels: int, mask_channels: int, width: int = 8, layers: 
     return controller
 
 
-def layer_masks(features: Tensor, parameters: Tensor, boxes: Tensor, sizes: Tensor, width: int = 8) -> Tensor:
+def layer_masks(
+    features: Tensor, parameters: Tensor, boxes: Tensor | None, sizes: Tensor, width: int = 8, depth: int = 3
+) -> Tensor:
     """Mask logits of all queries of all given decoder layers, in one pass over the features.
 
     features (N,C,h,w) at stride 4; parameters (layers,N,Q,G) from the controller; boxes (layers,N,Q,4) cxcywh in [0,1],
-    of which the centre is used; sizes (N,2), the unpadded input (H,W) in pixels. Returns (layers,N,Q,h,w).
+    of which the centre is used, or None for heads without coordinates; sizes (N,2), the unpadded input (H,W) in pixels;
+    width and depth: of the tiny network. Returns (layers,N,Q,h,w).
     """
-    layers, n, q, _ = parameters.shape
-    centres = boxes[..., :2] * sizes.flip(-1).to(boxes)[:, None]
-    by_frame = (item.transpose(0, 1).flatten(1, 2) for item in (parameters, centres))
-    logits = dynamic_mask_head(features, *by_frame, stride=4, width=width)
+    layers, _, q, _ = parameters.shape
+    by_frame = parameters.transpose(0, 1).flatten(1, 2)
+    centres = None
+    if boxes is not None:
+        centres = (boxes[..., :2] * sizes.flip(-1).to(boxes)[:, None]).transpose(0, 1).flatten(1, 2)
+    logits = dynamic_mask_head(features, by_frame, centres, stride=4, width=width, layers=depth)
     return logits.unflatten(1, (layers, q)).transpose(0, 1)

@@ -13,7 +13,8 @@ from fewref.methods.layers.boxes import generalised_iou, to_corners
 
 @dataclass(frozen=True)
 class Tubes:
-    """Predictions of D layers for B clips, stacked: logits (D,B,T,Q), boxes (D,B,T,Q,4) cxcywh, masks (D,B,T,Q,h,w)."""
+    """Predictions of D layers for B clips, stacked: logits (D,B,T,Q,K) of K classes, boxes (D,B,T,Q,4) cxcywh, masks
+    (D,B,T,Q,h,w)."""
 
     logits: Tensor
     boxes: Tensor
@@ -22,11 +23,13 @@ class Tubes:
 
 @dataclass(frozen=True)
 class Truth:
-    """Targets of B clips: boxes (B,T,4) cxcywh in [0,1]; masks (B,T,h,w) at stride 4 and valid (B,T), float 0/1."""
+    """Targets of B clips: boxes (B,T,4) cxcywh in [0,1]; masks (B,T,h,w) at stride 4 and valid (B,T), float 0/1; labels
+    int64 (B,T), the class, 0 where there is only one."""
 
     boxes: Tensor
     masks: Tensor
     valid: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -45,26 +48,35 @@ class LossWeights:
 
 
 @torch.no_grad()
-def matching_cost(tubes: Tubes, truth: Truth, weights: LossWeights) -> Tensor:
+def matching_cost(tubes: Tubes, truth: Truth, weights: LossWeights, classify_valid: bool = False) -> Tensor:
     """Cost (D,B,Q) of letting a query answer for its clip's target; every frame counts, also where it is invalid.
 
-    Source: specification of CMA, section 6 (`hengliusky/Few_shot_RVOS`).
+    classify_valid: only valid frames count in the cost of the class, which is 0 for a clip without any.
+    Source: specification of CMA, section 6 (`hengliusky/Few_shot_RVOS`); `wjn922/ReferFormer` for `classify_valid`.
     """
-    probability = tubes.logits.sigmoid()
+    probability = _target_class(tubes.logits, truth.labels).sigmoid()
     present = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
     absent = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
+    frames = truth.valid if classify_valid else torch.ones_like(truth.valid)
+    share = frames / frames.sum(1, keepdim=True).clamp(min=1)  # (B,T)
     target = truth.boxes[:, :, None]  # (B,T,1,4)
     distance = (tubes.boxes - target).abs().sum(-1)
     overlap = generalised_iou(to_corners(tubes.boxes), to_corners(target))
     masks = truth.masks[:, :, None].expand_as(tubes.masks)
     focal = sigmoid_focal_loss(tubes.masks, masks, alpha=0.25, gamma=2.0).mean((2, 4, 5))
     return (
-        weights.ce * (present - absent).mean(2)
+        weights.ce * ((present - absent) * share[..., None]).sum(2)
         + weights.bbox * distance.mean(2)
         - weights.giou * overlap.mean(2)
         + weights.mask * focal
         - weights.dice * tube_dice(tubes.masks.transpose(2, 3), truth.masks[:, None])
     )
+
+
+def _target_class(logits: Tensor, labels: Tensor) -> Tensor:
+    """Of logits (D,B,T,Q,K) those of each frame's class, labels (B,T) -> (D,B,T,Q)."""
+    columns = labels[None, :, :, None, None].expand(*logits.shape[:-1], 1)
+    return logits.gather(-1, columns)[..., 0]
 
 
 def tube_dice(logits: Tensor, masks: Tensor) -> Tensor:
