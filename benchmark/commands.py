@@ -151,7 +151,7 @@ def train_group(
     """
     device = choose_device(device)
     torch.manual_seed(seed)
-    parts = load_method(method).trainable(config, init)
+    parts = load_method(method).training(config, init)
     index = open_dataset(dataset, data_root)
     (group, *more) = choose_groups(index, group)
     if more:

@@ -24,10 +24,10 @@ class TrainOptions:
     """Options of a training; the defaults are the released recipe of CMA (specification of CMA, section 7).
 
     lr, lr_backbone, lr_text: learning rates (the last two apply to what of them is trainable).
-    batch: episodes per step, over all processes. steps: length of the training; with 0 it lasts `epochs` of
-    samples_per_class episodes for each class. schedule: "step" (times drop_factor at each of drop_epochs, or at
-    drop_steps) or "cosine" (to zero); warmup: steps of linear increase before it. clip_norm: largest total norm of the
-    gradients, 0 for none.
+    batch: episodes per step, over all processes. support_frames: of the support clip, 0 for a method that is trained
+    without one. steps: length of the training; with 0 it lasts `epochs` of samples_per_class episodes for each class.
+    schedule: "step" (times drop_factor at each of drop_epochs, or at drop_steps) or "cosine" (to zero); warmup: steps
+    of linear increase before it. clip_norm: largest total norm of the gradients, 0 for none.
     loss_weights: terms (ce, bbox, giou, mask, dice) whose factor in the loss, not in the matching, is not that of
     `LossWeights`.
     augment: "paper", "tiny" or "none". own_support: share of episodes whose support is the query's own video and
@@ -84,9 +84,12 @@ class TrainOptions:
         for name in self.loss_weights:
             if name not in terms:
                 raise InputError(f"training option loss_weights: {name!r} is unknown; {near(name, terms)}")
-        for name in ("batch", "clip_frames", "support_frames", "log_every", "save_every", "workers", "epochs"):
-            if getattr(self, name) < 1:
-                raise InputError(f"training option {name}: {getattr(self, name)} is too small; give at least 1")
+        least = dict.fromkeys(("batch", "clip_frames", "log_every", "save_every", "workers", "epochs"), 1)
+        for name, smallest in {**least, "support_frames": 0}.items():
+            if getattr(self, name) < smallest:
+                raise InputError(
+                    f"training option {name}: {getattr(self, name)} is too small; give at least {smallest}"
+                )
 
 
 def read_options(values: Mapping[str, object]) -> TrainOptions:

@@ -22,36 +22,26 @@ from tqdm import tqdm
 import fewref
 from fewref.benchmark.provenance import git_state
 from fewref.benchmark.recipe import FREE, TrainOptions, build_optimiser, rate, read_options, strays, total_steps
-from fewref.benchmark.train_data import Batch, EpisodeSource, PixelCache, Pools, batches, group_videos
+from fewref.benchmark.train_data import EpisodeSource, PixelCache, Pools, batches, group_videos
 from fewref.episodes.errors import InputError, write_atomic
 from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.sampler import generator
+from fewref.methods.batch import Batch
 from fewref.methods.layers.losses import criterion
 from fewref.methods.layers.matcher import LossWeights
-from fewref.methods.layers.pixels import normalise
 from fewref.methods.weights import Tied, save_checkpoint
 
 
 class EpisodeNetwork(nn.Module):
-    """A network with `encode_text` and `encode_support`, as one module whose forward takes a `Batch`."""
+    """A network as a module whose forward takes a `Batch`, which is what the processes of a training share."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, batch: Batch) -> dict:
-        """Outputs for the query clips, each under its own support."""
-        frames = normalise_padded(batch.frames, batch.padding)
-        support_frames = normalise_padded(batch.support_frames, batch.support_padding)
-        support_text = self.network.encode_text(batch.support_ids, batch.support_attention)
-        support = self.network.encode_support(support_frames, batch.support_padding, batch.support_masks, support_text)
-        text = self.network.encode_text(batch.ids, batch.attention)
-        return self.network(frames, batch.padding, batch.sizes, text, support)
-
-
-def normalise_padded(frames: Tensor, padding: Tensor) -> Tensor:
-    """uint8 (B,T,3,H,W) -> float, normalised, and zero where padding bool (B,T,H,W) is true."""
-    return normalise(frames).masked_fill(padding[:, :, None], 0)
+        """What the network's `episode` returns."""
+        return self.network.episode(batch)
 
 
 def train(
@@ -71,7 +61,7 @@ def train(
 ) -> Path:
     """Train a network on episodes of base classes; returns the path of the final weights.
 
-    network: with `encode_text`, `encode_support` and `forward` as CMANet has them, trained in place; tokenizer:
+    network: its `episode` takes a `Batch` and returns the outputs that `criterion` takes; trained in place; tokenizer:
     sentences -> (ids, attention); pools: from `training_pools`; config: fields of `TrainOptions`; steps: stop early
     after that many steps in all, the schedule unchanged; resume: go on from `out`/last.pt where there is one.
     tied, metadata: for `save_checkpoint`. Under torchrun every process takes its share of each batch.

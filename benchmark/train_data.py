@@ -13,17 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fewref.benchmark.recipe import TrainOptions
 from fewref.episodes.errors import InputError
 from fewref.episodes.readers import DatasetIndex, read_frame, read_masks
 from fewref.episodes.sampler import generator, window
-from fewref.episodes.transforms import ClipSample, augment, make_sample, normalised_boxes, resize_frame, resize_masks
+from fewref.episodes.transforms import ClipSample, augment, make_sample, resize_frame, resize_masks
 from fewref.episodes.types import Expression
+from fewref.methods.batch import Batch, collate
 
-MULTIPLE = 32  # sides of a padded training clip
 SUPPORT_TRIES = 50
 AHEAD = 2  # steps prepared in advance
 Pools = Mapping[str, Sequence[tuple[str, Expression]]]
@@ -117,14 +115,20 @@ class EpisodeSource:
         turn, place = divmod(position, len(names))
         return names[generator(self.seed, "classes", turn).permutation(len(names))[place]]
 
-    def episode(self, step: int, item: int) -> tuple[ClipSample, ClipSample]:
-        """Query and support clip, augmented, of one item. Raises InputError for unreadable pixels."""
+    def episode(self, step: int, item: int) -> tuple[ClipSample, ...]:
+        """Query clip and, with support_frames, support clip of one item, augmented.
+
+        Raises InputError for unreadable pixels.
+        """
         rng = generator(self.seed, step, item)
         category = self.category(step, item)
         videos = list(self.videos[category])
         query = videos.pop(int(rng.integers(len(videos))))
         expression = self._expression(rng, category, query)
         first = self._clip(rng, query, expression, self.options.clip_frames)
+        whole_words = self.options.faithful == "fixed"
+        if not self.options.support_frames:
+            return (augment(self.options.augment, first, rng, whole_words),)
         own = self.options.own_support > 0 and rng.random() < self.options.own_support
         for _ in range(SUPPORT_TRIES):
             video = query if own else videos[int(rng.integers(len(videos)))]
@@ -134,7 +138,6 @@ class EpisodeSource:
                 break
         else:
             raise InputError(f"{self.cache.index.root}: no clip of {category} shows its object; check the masks")
-        whole_words = self.options.faithful == "fixed"
         return tuple(augment(self.options.augment, sample, rng, whole_words) for sample in (first, second))
 
     def _expression(self, rng: np.random.Generator, category: str, video: str) -> Expression:
@@ -147,80 +150,6 @@ class EpisodeSource:
         frames = self.cache.frames(video, names)
         masks = self.cache.masks(video, names, expression.objects)
         return make_sample(frames, masks, expression.text, swapped_clamp=self.options.faithful == "upstream")
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B training episodes. Frames are uint8 (B,T,3,H,W) and padded bottom right; padding bool (B,T,H,W) is true there.
-
-    sizes: int64 (B,2) unpadded (H, W); support_masks: per clip float (S,H0,W0), unpadded; ids, attention: int64 (B,L);
-    targets: per query clip boxes (T,4), masks (T,H,W), valid (T,).
-    """
-
-    frames: Tensor
-    padding: Tensor
-    sizes: Tensor
-    ids: Tensor
-    attention: Tensor
-    support_frames: Tensor
-    support_padding: Tensor
-    support_masks: list[Tensor]
-    support_ids: Tensor
-    support_attention: Tensor
-    targets: list[dict[str, Tensor]]
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-
-        def move(value: object) -> object:
-            if isinstance(value, list):
-                return [move(part) for part in value]
-            if isinstance(value, dict):
-                return {name: move(part) for name, part in value.items()}
-            return value.to(device, non_blocking=True)
-
-        return Batch(**{name: move(value) for name, value in vars(self).items()})
-
-
-def collate(episodes: Sequence[tuple[ClipSample, ClipSample]], tokenizer: Callable) -> Batch:
-    """One batch from (query, support) pairs; tokenizer: sentences -> ids, attention."""
-    queries, supports = zip(*episodes, strict=True)
-    frames, padding = pad(queries)
-    support_frames, support_padding = pad(supports)
-    ids, attention = tokenizer([sample.text for sample in queries])
-    support_ids, support_attention = tokenizer([sample.text for sample in supports])
-    return Batch(
-        frames=frames,
-        padding=padding,
-        sizes=torch.tensor([sample.size for sample in queries]),
-        ids=ids,
-        attention=attention,
-        support_frames=support_frames,
-        support_padding=support_padding,
-        support_masks=[torch.from_numpy(sample.masks.astype(np.float32)) for sample in supports],
-        support_ids=support_ids,
-        support_attention=support_attention,
-        targets=[
-            {
-                "boxes": torch.from_numpy(normalised_boxes(sample)),
-                "masks": torch.from_numpy(np.ascontiguousarray(sample.masks)),
-                "valid": torch.from_numpy(sample.valid),
-            }
-            for sample in queries
-        ],
-    )
-
-
-def pad(samples: Sequence[ClipSample]) -> tuple[Tensor, Tensor]:
-    """Frames uint8 (B,T,3,H,W), top left in sides that are multiples of 32, and padding bool (B,T,H,W)."""
-    height, width = (-(-max(sides) // MULTIPLE) * MULTIPLE for sides in zip(*(s.size for s in samples), strict=True))
-    count = len(samples[0].frames)
-    frames = np.zeros((len(samples), count, 3, height, width), np.uint8)
-    padding = np.ones((len(samples), count, height, width), bool)
-    for clip, sample in enumerate(samples):
-        frames[clip, :, :, : sample.size[0], : sample.size[1]] = sample.frames.transpose(0, 3, 1, 2)
-        padding[clip, :, : sample.size[0], : sample.size[1]] = False
-    return torch.from_numpy(frames), torch.from_numpy(padding)
 
 
 def batches(

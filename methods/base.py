@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fewref.episodes.errors import InputError
-from fewref.episodes.types import Prediction, Query, SupportSet
+from fewref.episodes.types import Prediction, Query, Shot, SupportSet
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 UNTRAINED = "untrained"
 
@@ -33,7 +36,7 @@ class MethodInfo:
 
 
 @dataclass(frozen=True)
-class Trainable:
+class TrainingSetup:
     """What training a method takes: network (a torch module with fresh weights, as `fewref.benchmark.train` calls it),
     tokenizer (sentences -> ids, attention), options (fields of `TrainOptions`), tied (for `save_checkpoint`)."""
 
@@ -78,12 +81,16 @@ class Method(abc.ABC):
     def predict(self, query: Query) -> Prediction:
         """Answer one query (pixels loaded) under the support of the last `adapt`; changes nothing for the next one."""
 
+    def forget(self) -> None:
+        """Drop what the last `adapt` left, changed weights too; called when an episode is over, also after an error."""
+        return
+
     def parameters(self) -> int:
         """Number of weights of the network, 0 without one."""
         return 0
 
     @classmethod
-    def trainable(cls, config: str, init: Path | None = None) -> Trainable:
+    def training(cls, config: str, init: Path | None = None) -> TrainingSetup:
         """The parts to train, weights drawn from torch's global generator or, where they fit, taken from `init`.
 
         Raises InputError where a method has no training.
@@ -93,3 +100,32 @@ class Method(abc.ABC):
     def reveal(self, masks: np.ndarray) -> None:
         """The truth of the next query, bool (T,H,W); called only for methods that declare `sees_truth`."""
         raise TypeError(f"{self.info.name} does not declare sees_truth")
+
+
+class Trainable(Method):
+    """A method that can compute its own training loss, so that every adaptation strategy works around it.
+
+    network: what `loss`, `features`, `probabilities` and `predict` use; another of the same form may be put in its
+    place. roles: role ("backbone", "text", "head") -> prefixes of parameter names; what has no role is "trunk".
+    adapt_defaults: strategy -> fields of `AdaptOptions`, from the configuration.
+    """
+
+    network: nn.Module
+    roles: Mapping[str, tuple[str, ...]]
+    adapt_defaults: Mapping[str, Mapping[str, Any]]
+
+    @abc.abstractmethod
+    def loss(self, target: Shot, memory: Sequence[Shot]) -> Tensor:
+        """The training loss () float32 of one annotated clip, with the network in the mode it is in.
+
+        target, memory: frames uint8 (T,3,H,W), masks bool (T,H,W) and sentence. memory: support clips, at least one,
+        that a method with a support memory looks at; others have no use for it.
+        """
+
+    @abc.abstractmethod
+    def features(self, frames: np.ndarray) -> Tensor:
+        """Visual features float (T,C,h,w), without the sentence, of frames uint8 (T,3,H,W)."""
+
+    @abc.abstractmethod
+    def probabilities(self, query: Query) -> tuple[Tensor, float]:
+        """Foreground probability float32 (T,H,W) at the original size, and the confidence of the answer in [0,1]."""

@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "cma": "fewref.methods.cma.adapter:CMA",
     "cma-self": "fewref.methods.cma.adapter:CMASelf",
     "cma-base": "fewref.methods.cma.adapter:CMABase",
+    "referformer": "fewref.methods.referformer.adapter:ReferFormer",
 }
 
 

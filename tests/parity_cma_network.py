@@ -18,6 +18,7 @@ from torch import Tensor
 from fewref.benchmark.metrics import contour_accuracy, region_similarity
 from fewref.episodes.errors import read_json
 from fewref.kernels.dynamic_mask import aligned_bilinear
+from fewref.methods import query_inference
 from fewref.methods.cma import inference
 from fewref.methods.cma.affinity import SupportFeatures, SupportShot, support_transform
 from fewref.methods.cma.net import CMANet
@@ -133,14 +134,14 @@ def check_episode_inference(case: dict, arrays: Arrays, folder: Path) -> None:
     )
     frames = arrays["in_query_frames"].transpose(0, 3, 1, 2)
     text = net.encode_text(*text_inputs(arrays, "query"))
-    answer = inference.answer_clip(net, frames, text, support, chunk=chunk, short_side=short_side)
-    size = tuple(answer.prob.shape[1:])
+    answer = inference.answer_query(net, frames, text, support, chunk=chunk, short_side=short_side)
+    prob, size = inference.input_probabilities(answer), answer.size
     expect("input_size", size)
     expect("query", answer.queries)
     expect("scores", answer.scores)
-    expect("prob", answer.prob[::4])
-    expect("saved", inference.masks_at(answer.prob, frames.shape[2:]).byte())
-    pred = inference.masks_at_input(answer.prob).numpy()
+    expect("prob", prob[::4])
+    expect("saved", inference.masks_at(prob, frames.shape[2:]).byte())
+    pred = inference.masks_at_input(prob).numpy()
     truth = inference.truth_at_input(torch.from_numpy(arrays["in_query_gt"]), size).numpy()
     j, f = region_similarity(pred, truth), contour_accuracy(pred, truth, tolerance=0.010)
     expect("J", j.mean())
@@ -153,8 +154,8 @@ def check_episode_inference(case: dict, arrays: Arrays, folder: Path) -> None:
 def check_postprocess(case: dict, arrays: Arrays, folder: Path) -> None:
     given, expect = inputs(arrays), Expect(case, arrays)
     size = tuple(given["size"].tolist())
-    query, _ = inference.select_query(given["pred_logits"])
-    prob = inference.probabilities(given["pred_masks"][:, query], size)
+    query, _ = query_inference.select_query(given["pred_logits"])
+    prob = query_inference.probabilities(given["pred_masks"][:, query], size)
     pred, truth = inference.masks_at_input(prob), inference.truth_at_input(given["gt"], size)
     j = region_similarity(pred.numpy(), truth.numpy())
     f = contour_accuracy(pred.numpy(), truth.numpy(), tolerance=0.010)

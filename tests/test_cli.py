@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from fewref.benchmark.store import read_rows
-from fewref.methods.cma.build import build_network, read_config
+from fewref.methods.cma.adapter import CMA
+from fewref.methods.network_config import read_config
 from fewref.run_benchmark import build_parser, main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,7 +143,7 @@ def test_bad_checkpoints(capsys, small, tmp_path):
     pickled, other, cut = tmp_path / "trap.pth", tmp_path / "other.pth", tmp_path / "cut.pth"
     pickled.write_bytes(pickle.dumps({"model": Trap(tmp_path / "trace")}))
     torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, other)
-    torch.save({"model": build_network(read_config("tiny")).state_dict()}, tmp_path / "whole.pth")
+    torch.save({"model": CMA.build(read_config("cma", "tiny")).state_dict()}, tmp_path / "whole.pth")
     cut.write_bytes((tmp_path / "whole.pth").read_bytes()[:100_000])
     for path in (pickled, other, cut, tmp_path / "missing.pth"):
         assert str(path) in refused(capsys, asked(small, *run, "--weights", str(path)))

@@ -17,8 +17,8 @@ from fewref.episodes.synthetic_text import NUMBERS, RELATIONS, WORDS
 from fewref.episodes.types import SupportSet
 from fewref.methods.check import check_method, make_case
 from fewref.methods.cma.adapter import CMA, CMABase, CMASelf
-from fewref.methods.cma.build import CONFIGS, build_network, build_tokenizer, read_config
 from fewref.methods.cma.inference import masks_at
+from fewref.methods.network_config import CONFIGS, build_tokenizer, read_config
 from fewref.methods.shipped import CHECKPOINTS, find_weights, shipped_names
 from fewref.methods.weights import load_checkpoint, read_metadata
 
@@ -39,7 +39,7 @@ def test_needs_weights():
 @pytest.mark.parametrize("cls", VARIANTS)
 def test_the_support_is_encoded_once_per_episode(cls, monkeypatch):
     method, case = cls(weights="untrained", window=2), make_case(0, "dog", (48, 64), frames=5)
-    net, calls = method._net, []
+    net, calls = method.network, []
     for name in ("encode_support", "prepare_support"):
         real = getattr(net, name)
         monkeypatch.setattr(net, name, lambda *a, real=real, name=name: calls.append(name) or real(*a))
@@ -98,21 +98,21 @@ def test_masks_are_those_of_the_probabilities():
 def test_configurations(tmp_path):
     values = json.loads((CONFIGS / "cma_tiny.json").read_text())
     with pytest.raises(InputError, match="--config 'tini' is unknown: did you mean 'tiny'"):
-        read_config("tini")
+        read_config("cma", "tini")
     (tmp_path / "more.json").write_text(json.dumps(values | {"extra": 1}))
-    with pytest.raises(InputError, match="more.json: a configuration of CMA has exactly the fields"):
-        read_config(str(tmp_path / "more.json"))
+    with pytest.raises(InputError, match="more.json: a configuration of cma has exactly the fields"):
+        read_config("cma", str(tmp_path / "more.json"))
     (tmp_path / "odd.json").write_text(json.dumps(values | {"network": {"hiden": 64}}))
-    with pytest.raises(InputError, match="odd.json: does not describe a CMA network.*hiden"):
-        build_network(read_config(str(tmp_path / "odd.json")))
+    with pytest.raises(InputError, match="odd.json: is not for this network.*hiden"):
+        CMA.build(read_config("cma", str(tmp_path / "odd.json")))
     (tmp_path / "lost.json").write_text(json.dumps(values))
     with pytest.raises(InputError, match="tiny_tokenizer.json: no tokenizer there"):
-        build_tokenizer(read_config(str(tmp_path / "lost.json")))
+        build_tokenizer(read_config("cma", str(tmp_path / "lost.json")))
 
 
 def test_the_paper_configuration_has_the_parameters_of_upstream():
     with torch.device("meta"):
-        network = build_network(read_config("paper"))
+        network = CMA.build(read_config("cma", "paper"))
     assert sum(parameter.numel() for parameter in network.parameters()) == 178_393_809
 
 
@@ -120,7 +120,7 @@ def test_the_tiny_vocabulary_has_attributes_but_no_category():
     """The sentence says which object of the category is meant; what the category looks like, only the support shows."""
     phrases = [*COLOURS, *RELATIONS, *(word for options in WORDS.values() for word in options)]
     phrases += [number for options in NUMBERS.values() for number in options]
-    tokenizer = build_tokenizer(read_config("tiny"))
+    tokenizer = build_tokenizer(read_config("cma", "tiny"))
     unknown = 3
     for phrase in phrases:
         assert unknown not in tokenizer([phrase])[0], phrase
@@ -138,7 +138,7 @@ def test_shipped_checkpoints(group):
     assert f"fewref train --method cma --dataset builtin --group {group} --config tiny" in record["command"]
     assert record["command"].endswith("--init cma-builtin-pretrain-none")
     assert record["loss_curve"]["total"][-1] < record["loss_curve"]["total"][0]
-    assert CMA(weights=path).parameters() == sum(p.numel() for p in build_network(read_config("tiny")).parameters())
+    assert CMA(weights=path).parameters() == sum(p.numel() for p in CMA.build(read_config("cma", "tiny")).parameters())
 
 
 def test_shipped_checkpoints_were_trained_on_other_categories(tmp_path):
@@ -157,10 +157,10 @@ def test_shipped_checkpoints_were_trained_on_other_categories(tmp_path):
 
 def test_a_training_starts_from_the_shipped_weights():
     start = Path(find_weights("cma", "cma-builtin-pretrain-none", "tiny", "builtin", "1"))
-    parts = CMA.trainable("tiny", start)
+    parts = CMA.training("tiny", start)
     state, own = load_checkpoint(start), parts.network.state_dict()
     torch.testing.assert_close(own["input_proj.0.0.weight"], state["input_proj.0.0.weight"].float())
-    assert parts.options["steps"] < CMA.trainable("tiny").options["steps"]
+    assert parts.options["steps"] < CMA.training("tiny").options["steps"]
 
 
 def test_names_of_weights():

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fewref.episodes.errors import InputError
+from fewref.methods import query_inference
 from fewref.methods.cma import inference
 from fewref.methods.cma.affinity import SupportFeatures, merge_shots
 from fewref.methods.cma.net import CMANet
@@ -236,19 +237,20 @@ def test_a_query_is_answered_in_chunks(net: CMANet) -> None:
     shown = rng.random((3, 40, 60)) > 0.5
     shot = inference.encode_shot(net, frames[:3], shown, sentence(net, 1), 64)
     text = sentence(net, 0)
-    whole = inference.answer_clip(net, frames, text, shot, chunk=3, short_side=64)
-    assert whole.prob.shape == (5, 64, 96)
+    whole = inference.answer_query(net, frames, text, shot, chunk=3, short_side=64)
+    prob = inference.input_probabilities(whole)
+    assert prob.shape == (5, 64, 96)
     assert whole.scores.shape == (2, 5)
     assert whole.confidence == pytest.approx(whole.scores.amax(1).mean().item())
-    last = inference.answer_clip(net, frames[3:], text, shot, chunk=3, short_side=64)
-    assert torch.equal(whole.prob[3:], last.prob)
-    assert inference.masks_at(whole.prob, (40, 60)).shape == (5, 40, 60)
+    last = inference.answer_query(net, frames[3:], text, shot, chunk=3, short_side=64)
+    assert torch.equal(prob[3:], inference.input_probabilities(last))
+    assert inference.masks_at(prob, (40, 60)).shape == (5, 40, 60)
 
 
 @pytest.mark.parametrize(("size", "short", "wanted"), [((36, 54), 24, (24, 36)), ((101, 57), 60, (106, 60))])
 def test_resize_matches_pil(size: tuple[int, int], short: int, wanted: tuple[int, int]) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, *size), dtype=np.uint8)
-    got = inference.resize_short_side(frames, short)
+    got = query_inference.resize_short_side(frames, short)
     assert got.shape == (2, 3, *wanted)
     image = Image.fromarray(frames[1].transpose(1, 2, 0)).resize(wanted[::-1], Image.Resampling.BILINEAR)
     assert np.array_equal(got[1].transpose(1, 2, 0), np.asarray(image))

@@ -30,7 +30,7 @@ ALLOWED = {
 }
 WITHOUT_NETWORKS = ("episodes", "splits")
 NETWORKS = ("torch", "torchvision", "timm", "transformers")
-ONLY_IMPORTER = {"transformers": "methods/text.py", "learn2learn": "methods/finetune.py"}
+ONLY_IMPORTER = {"transformers": "methods/text.py", "learn2learn": "methods/adaptation/meta.py"}
 LONGEST = 400  # lines
 DATA = (".json", ".safetensors", ".csv")
 
@@ -54,7 +54,7 @@ def package_files(suffixes: tuple[str, ...] = (".py",)) -> list[str]:
 
 def method_folders() -> set[str]:
     """The folders of one method each."""
-    return {path.parent.name for path in (ROOT / "methods").glob("*/__init__.py")} - {"layers"}
+    return {path.parent.name for path in (ROOT / "methods").glob("*/__init__.py")} - {"adaptation", "layers"}
 
 
 def imports(source: str) -> Iterator[tuple[int, str]]:
@@ -147,6 +147,7 @@ def test_a_planted_import_is_caught(path, source):
         ("splits/new.py", "from fewref.episodes.errors import InputError"),
         ("methods/cma/new.py", "import torch\nfrom fewref.methods.cma.net import CMANet\nfrom fewref.kernels import x"),
         ("methods/text.py", "from transformers import RobertaModel"),
+        ("methods/adaptation/meta.py", "def late():\n    import learn2learn"),
         ("methods/new.py", "from fewref.episodes.types import Query\nfrom fewref.methods.layers.boxes import area"),
         (
             "benchmark/new.py",

@@ -18,16 +18,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fewref.benchmark.recipe import read_options
-from fewref.benchmark.train import normalise_padded, train
-from fewref.benchmark.train_data import EpisodeSource, PixelCache, batches, collate, group_videos
+from fewref.benchmark.train import train
+from fewref.benchmark.train_data import EpisodeSource, PixelCache, batches, group_videos
 from fewref.episodes.errors import InputError
 from fewref.episodes.readers import DatasetIndex, read_index, read_masks
 from fewref.episodes.sampler import training_pools
 from fewref.episodes.synthetic import write_synthetic
 from fewref.episodes.transforms import clip_targets
-from fewref.methods.cma.convert import TIED
+from fewref.methods.batch import collate
+from fewref.methods.query_checkpoint import TIED
 from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.backbone import build_backbone
+from fewref.methods.layers.pixels import normalise_padded
 from fewref.methods.text import build_text_encoder
 from fewref.splits import load_split
 

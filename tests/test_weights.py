@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from fewref.episodes.errors import InputError
-from fewref.methods.cma.convert import TIED, load_cma, save_cma, start_from
 from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.backbone import build_backbone
+from fewref.methods.query_checkpoint import TIED, load_network, start_from
 from fewref.methods.weights import (
     DROPPABLE,
     load_checkpoint,
@@ -212,12 +212,12 @@ def test_values_beyond_half_precision_are_not_written_as_infinity(tmp_path):
 
 def test_tied_names_are_stored_once_and_come_back(tmp_path):
     path, network = tmp_path / "cma.safetensors", cma()
-    save_cma(network, path, {"method": "cma"}, torch.float32)
+    save_checkpoint(path, network.state_dict(), {"method": "cma"}, torch.float32, TIED)
     stored = safetensors.torch.load_file(path)
     assert not any(name.startswith("bbox_embed.") for name in stored)
     assert len(network.state_dict()) - len(stored) == 2 * 3 * 2  # layers of the decoder x layers of a head x two
     fresh = cma(seed=1)
-    load_cma(fresh, path)
+    load_network(fresh, path)
     assert equal(dict(fresh.state_dict()), dict(network.state_dict()))
     assert fresh.bbox_embed[0].layers[0].weight is fresh.transformer.decoder.bbox_embed[0].layers[0].weight
 
@@ -236,7 +236,7 @@ def test_tied_names_that_disagree_are_refused(tmp_path):
 def test_the_wrong_architecture_is_named(tmp_path):
     torch.save({"model": cma(use_dab=False).state_dict()}, tmp_path / "f.pth")
     with pytest.raises(InputError) as error:
-        load_cma(cma(), tmp_path / "f.pth")
+        load_network(cma(), tmp_path / "f.pth")
     assert "file looks like CMA use_dab=False (non-DAB) backbone tiny_resnet" in str(error.value)
     assert "the network is CMA use_dab=True backbone tiny_resnet" in str(error.value)
     assert "10 missing (transformer.decoder.query_scale." in str(error.value)
@@ -269,5 +269,5 @@ def test_training_starts_from_referformer_without_its_classes(tmp_path):
 
 def test_a_classifier_is_no_starting_point(tmp_path):
     torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
-    with pytest.raises(InputError, match="linear.pth: no starting point for CMA"):
+    with pytest.raises(InputError, match="linear.pth: no starting point, since"):
         start_from(cma(), tmp_path / "linear.pth")

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fewref.episodes.errors import InputError
-from fewref.episodes.types import Prediction, Query, SupportSet
-from fewref.methods.base import UNTRAINED, Method, MethodInfo, Trainable
+from fewref.episodes.types import Prediction, Query, Shot, SupportSet
+from fewref.methods.base import MethodInfo
+from fewref.methods.batch import Batch
 from fewref.methods.cma.affinity import SupportFeatures, merge_shots
-from fewref.methods.cma.build import build_network, build_tokenizer, read_config
-from fewref.methods.cma.convert import TIED, load_cma, start_from
-from fewref.methods.cma.inference import answer_clip, encode_shot, masks_at, masks_at_input
-from fewref.methods.text import TextFeatures
+from fewref.methods.cma.inference import (
+    answer_query,
+    encode_shot,
+    input_probabilities,
+    masks_at,
+    masks_at_input,
+)
+from fewref.methods.cma.net import CMANet
+from fewref.methods.layers.pixels import normalise_padded
+from fewref.methods.query_inference import ClipAnswer, resize
+from fewref.methods.query_method import QueryMethod
 
 PAPER = "Learning Cross-Modal Affinity for Referring Video Object Segmentation Targeting Limited Samples (ICCV 2023)"
 SOURCE = "hengliusky/Few_shot_RVOS"
 
 
-class CMA(Method):
-    """Query features attend to the support's middle frame; the whole of the support is encoded once, in `adapt`.
-
-    Raises InputError for an unknown configuration, a checkpoint which does not fit it, and for
-    no checkpoint at all (an untrained network answers nothing).
-    """
+class CMA(QueryMethod):
+    """Query features attend to the support's middle frame; the whole of the support is encoded once, in `adapt`."""
 
     info = MethodInfo(
         name="cma",
@@ -36,74 +40,72 @@ class CMA(Method):
         source=SOURCE,
         licence="upstream grants none; this is written from its description",
     )
-    variant = "cma"
+    net_class = CMANet
+    net_options = {"variant": "cma"}
+    family = "cma"
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        if self.weights is None:
-            raise InputError(f"method {self.info.name} needs a checkpoint; give --weights FILE or {UNTRAINED}")
-        settings = read_config(self.config)
-        self._short_side, self._tokenizer = settings.short_side, build_tokenizer(settings)
-        torch.manual_seed(self.seed)
-        self._net = build_network(settings, self.variant).eval()
-        if self.weights != UNTRAINED:
-            load_cma(self._net, Path(self.weights))
-        self._net.to(self.device)
+        self.forget()
+
+    @torch.inference_mode()
+    def adapt(self, support: SupportSet) -> None:
+        """Encode every shot: frames uint8 (T,3,H,W), masks bool (T,H,W) and sentence."""
+        self.forget()
+        with self.autocast():
+            self._support = self._encode(support.shots)
+        self._support_frames = min(len(shot.frames) for shot in support.shots)
+
+    def forget(self) -> None:
+        """Drop the encoded support."""
         self._support: SupportFeatures | None = None
         self._support_frames = 0
         self._prepared: dict = {}
 
-    def adapt(self, support: SupportSet) -> None:
-        """Encode every shot: frames uint8 (T,3,H,W), masks bool (T,H,W) and sentence."""
-        with self._autocast():
-            shots = [
-                encode_shot(self._net, shot.frames, shot.masks, self._text(shot.expression.text), self._short_side)
-                for shot in support.shots
-            ]
-        self._support, self._prepared = merge_shots(shots), {}
-        self._support_frames = min(len(shot.frames) for shot in support.shots)
-
     def predict(self, query: Query) -> Prediction:
         """Masks bool (T,H,W) at the original size and at the network's; confidence of the chosen network queries."""
-        size = query.frames.shape[-2:]
-        with self._autocast():
-            answer = answer_clip(
-                self._net,
+        answer = self._answer(query)
+        prob = input_probabilities(answer)
+        masks, at_input = masks_at(prob, query.frames.shape[-2:]), masks_at_input(prob)
+        return Prediction(query.id, masks.cpu().numpy(), answer.confidence, at_input.cpu().numpy())
+
+    def probabilities(self, query: Query) -> tuple[Tensor, float]:
+        """As `predict`, before the masks are cut."""
+        answer = self._answer(query)
+        return resize(input_probabilities(answer), query.frames.shape[-2:]), answer.confidence
+
+    def outputs(self, batch: Batch, memory: Sequence[Shot]) -> dict:
+        """The network's answer under the support `memory`."""
+        frames = normalise_padded(batch.frames, batch.padding)
+        support = self._encode(memory)
+        return self.network(
+            frames, batch.padding, batch.sizes, self.network.encode_text(batch.ids, batch.attention), support
+        )
+
+    def _encode(self, shots: Sequence[Shot]) -> SupportFeatures:
+        texts = [self.encode_text(shot.expression.text) for shot in shots]
+        return merge_shots(
+            [
+                encode_shot(self.network, shot.frames, shot.masks, text, self.short_side)
+                for shot, text in zip(shots, texts, strict=True)
+            ]
+        )
+
+    @torch.inference_mode()
+    def _answer(self, query: Query) -> ClipAnswer:
+        with self.autocast():
+            return answer_query(
+                self.network,
                 query.frames,
-                self._text(query.text),
+                self.encode_text(query.text),
                 self._support,
                 prepared=self._prepared,
                 chunk=self._chunk(),
-                short_side=self._short_side,
+                short_side=self.short_side,
             )
-        masks, at_input = masks_at(answer.prob, size), masks_at_input(answer.prob)
-        return Prediction(query.id, masks.cpu().numpy(), answer.confidence, at_input.cpu().numpy())
-
-    def parameters(self) -> int:
-        """Number of weights, frozen ones included."""
-        return sum(parameter.numel() for parameter in self._net.parameters())
-
-    @classmethod
-    def trainable(cls, config: str, init: Path | None = None) -> Trainable:
-        """The network of this variant; `init`: a checkpoint of CMA or, as upstream starts from, of ReferFormer."""
-        settings = read_config(config)
-        network = build_network(settings, cls.variant)
-        if init:
-            start_from(network, init)
-        options = {**settings.train, **(settings.train_from if init else {})}
-        return Trainable(network, build_tokenizer(settings), options, TIED)
 
     def _chunk(self) -> int:
         return self.window
-
-    @torch.inference_mode()
-    def _text(self, sentence: str) -> TextFeatures:
-        ids, attention = self._tokenizer([sentence])
-        return self._net.encode_text(ids.to(self.device), attention.to(self.device))
-
-    def _autocast(self) -> torch.autocast:
-        kind = torch.device(self.device).type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class CMASelf(CMA):
@@ -113,7 +115,7 @@ class CMASelf(CMA):
     """
 
     info = replace(CMA.info, name="cma-self", summary="CMA's ablation: affinity within the query clip only")
-    variant = "self"
+    net_options = {"variant": "self"}
 
     def _chunk(self) -> int:
         return min(self.window, self._support_frames)
@@ -123,4 +125,4 @@ class CMABase(CMASelf):
     """No affinity: the support's foreground is added to the query's features frame by frame."""
 
     info = replace(CMA.info, name="cma-base", summary="CMA's ablation: no affinity")
-    variant = "base"
+    net_options = {"variant": "base"}

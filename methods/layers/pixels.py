@@ -12,3 +12,8 @@ def normalise(frames: Tensor) -> Tensor:
     """uint8 (...,3,H,W) RGB -> float32 on the same device."""
     mean, std = (torch.tensor(values, device=frames.device)[:, None, None] for values in (MEAN, STD))
     return (frames.float() / 255 - mean) / std
+
+
+def normalise_padded(frames: Tensor, padding: Tensor) -> Tensor:
+    """uint8 (B,T,3,H,W) -> float, normalised, and zero where padding bool (B,T,H,W) is true."""
+    return normalise(frames).masked_fill(padding[:, :, None], 0)

@@ -1,0 +1,45 @@
+"""Checkpoints of query networks: our parameter names are upstream's, what is left is ties and starting weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from fewref.episodes.errors import InputError
+from fewref.methods.weights import DROPPABLE, load_checkpoint, load_strict, looks_like
+
+# The box heads are modules of the decoder too, so a state dict names them twice (CMA specification 4).
+TIED = (("bbox_embed.", "transformer.decoder.bbox_embed."),)
+# What a checkpoint of a method without support memory does not give to one with: the classes of ReferFormer's
+# pretraining are others than the single one of an episode (CMA specification 7).
+CLASS_HEADS = "class_embed."
+MEMORY = "support_qkv.Key.weight"
+
+
+def load_network(network: nn.Module, path: Path) -> None:
+    """Load a checkpoint, upstream's or ours, so that every name fits. Raises InputError as `load_strict` does."""
+    load_strict(network, load_checkpoint(path, TIED), DROPPABLE, path)
+
+
+def start_from(network: nn.Module, path: Path) -> tuple[str, ...]:
+    """Start training from a checkpoint of the same method or of one that shares most of its network.
+
+    Copies every tensor that both have, the class heads only where both or neither have a support memory. Returns the
+    names that keep their fresh values, sorted. Raises InputError for a file of another architecture, that is one with
+    a shared name of another shape, or which shares too little to be a starting point.
+    """
+    state = load_checkpoint(path, TIED)
+    own: Mapping[str, Tensor] = network.state_dict()
+    replaced = CLASS_HEADS if (MEMORY in state) != (MEMORY in own) else "\0"
+    shared = {name: state[name] for name in own if name in state and not name.startswith(replaced)}
+    if not any(name.startswith("backbone.") for name in shared) or not any(
+        name.startswith("transformer.") for name in shared
+    ):
+        raise InputError(
+            f"{path}: no starting point, since it shares no backbone or no transformer with the network; "
+            f"it looks like {looks_like(state)}, the network is {looks_like(own)}"
+        )
+    load_strict(network, {**own, **shared}, (), path)
+    return tuple(sorted(set(own) - set(shared)))

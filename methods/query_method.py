@@ -1,0 +1,108 @@
+"""What the adapters of CMA, ReferFormer and TF2 share: configuration, weights, sentence, training loss, features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewref.episodes.errors import InputError
+from fewref.episodes.transforms import ClipSample, make_sample, resize_masks
+from fewref.episodes.types import Shot
+from fewref.methods.base import UNTRAINED, Trainable, TrainingSetup
+from fewref.methods.batch import Batch, collate
+from fewref.methods.layers.losses import criterion
+from fewref.methods.layers.matcher import LossWeights
+from fewref.methods.layers.pixels import normalise
+from fewref.methods.layers.query_net import QueryNet
+from fewref.methods.network_config import NetworkConfig, build_network, build_tokenizer, read_config
+from fewref.methods.query_checkpoint import TIED, load_network, start_from
+from fewref.methods.query_inference import resize_short_side
+from fewref.methods.text import TextFeatures
+
+
+class QueryMethod(Trainable):
+    """A `QueryNet` with its configuration and checkpoint. A subclass says how it adapts and predicts.
+
+    Raises InputError for an unknown configuration, a checkpoint which does not fit it, and for no checkpoint at all (an
+    untrained network answers nothing).
+    """
+
+    network: QueryNet
+    net_class: type[QueryNet]
+    net_options: Mapping[str, Any] = {}
+    family: str  # names the shipped configurations
+    roles = {
+        "backbone": ("backbone.",),
+        "text": ("text_encoder.",),
+        "head": ("controller.", "class_embed.", "pixel_decoder.mask_features."),
+    }
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.weights is None:
+            raise InputError(f"method {self.info.name} needs a checkpoint; give --weights FILE or {UNTRAINED}")
+        settings = read_config(self.family, self.config)
+        self.adapt_defaults, self._loss_weights = settings.adapt, LossWeights(**settings.train.get("loss_weights", {}))
+        self.short_side, self.tokenizer = settings.short_side, build_tokenizer(settings)
+        torch.manual_seed(self.seed)
+        self.network = self.build(settings).eval()
+        if self.weights != UNTRAINED:
+            load_network(self.network, Path(self.weights))
+        self.network.to(self.device)
+
+    @classmethod
+    def build(cls, settings: NetworkConfig) -> QueryNet:
+        """The network of a configuration, with fresh weights."""
+        return build_network(settings, cls.net_class, **cls.net_options)
+
+    def parameters(self) -> int:
+        """Number of weights, frozen ones included."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+    @classmethod
+    def training(cls, config: str, init: Path | None = None) -> TrainingSetup:
+        """The network of this method; `init`: a checkpoint of it or of one that shares most of its parts."""
+        settings = read_config(cls.family, config)
+        network = cls.build(settings)
+        if init:
+            start_from(network, init)
+        options = {**settings.train, **(settings.train_from if init else {})}
+        return TrainingSetup(network, build_tokenizer(settings), options, TIED)
+
+    def loss(self, target: Shot, memory: Sequence[Shot]) -> Tensor:
+        """The loss that the network is trained with; frames at the network's input size."""
+        batch = collate([(self.sample(target),)], self.tokenizer).to(torch.device(self.device))
+        with self.autocast():
+            outputs = self.outputs(batch, memory)
+        return criterion(outputs, batch.targets, self._loss_weights, LossWeights())[0]
+
+    def outputs(self, batch: Batch, memory: Sequence[Shot]) -> dict:
+        """What the network answers in training."""
+        return self.network.episode(batch)
+
+    def sample(self, shot: Shot) -> ClipSample:
+        """A shot at the network's input size, masks by nearest neighbour, with the boxes of its masks."""
+        frames = resize_short_side(shot.frames, self.short_side)
+        masks = resize_masks(shot.masks, frames.shape[-2:])
+        return make_sample(np.ascontiguousarray(frames.transpose(0, 2, 3, 1)), masks, shot.expression.text)
+
+    def features(self, frames: np.ndarray) -> Tensor:
+        """The backbone's map at stride 8."""
+        clip = normalise(torch.tensor(resize_short_side(frames, self.short_side), device=self.device))
+        with self.autocast():
+            return self.network.backbone_maps(clip[None])[1].float()
+
+    def encode_text(self, sentence: str) -> TextFeatures:
+        """Features of one sentence (B = 1), written as in training: lower case, single blanks."""
+        ids, attention = self.tokenizer([" ".join(sentence.lower().split())])
+        return self.network.encode_text(ids.to(self.device), attention.to(self.device))
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the precision says so."""
+        kind = torch.device(self.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")

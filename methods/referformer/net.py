@@ -1,0 +1,57 @@
+"""The network of ReferFormer: a clip and a sentence to boxes and masks of a few object queries.
+
+"Language as Queries for Referring Video Object Segmentation" (CVPR 2022); upstream wjn922/ReferFormer.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+
+from fewref.methods.batch import Batch
+from fewref.methods.layers.pixels import normalise_padded
+from fewref.methods.layers.query_net import QueryMaps, QueryNet
+from fewref.methods.text import TextFeatures
+
+TRAINED_STAGES = r"layer[234]\."  # of a ResNet; its stem and first stage keep their pretrained weights
+
+
+class ReferFormerNet(QueryNet):
+    """parts: arguments of `QueryNet`; there are no anchor boxes. freeze_stem: of a ResNet, train the last three stages
+    alone, as upstream (ReferFormer specification 4.1)."""
+
+    def __init__(self, *, freeze_stem: bool = True, freeze_backbone: bool = False, **parts: Any) -> None:
+        super().__init__(use_dab=False, freeze_backbone=freeze_backbone, **parts)
+        body = self.backbone[0].body
+        if freeze_stem and hasattr(body, "layer4"):
+            for name, parameter in body.named_parameters():
+                if not re.match(TRAINED_STAGES, name):
+                    parameter.requires_grad_(False)
+
+    def forward(
+        self,
+        query: Tensor | QueryMaps,
+        padding: Tensor | None,
+        sizes: Tensor,
+        text: TextFeatures,
+        auxiliary: bool = True,
+    ) -> dict:
+        """Boxes and masks of every query in every frame, as `QueryNet.answer` returns them.
+
+        query and padding as for `encode_query`, or its result (padding is then not read).
+        """
+        maps = query if isinstance(query, QueryMaps) else self.encode_query(query, padding)
+        decoded = self.transformer(
+            [self.fuse(item, text).flatten(0, 1) for item in maps.projected],
+            maps.masks[1:],
+            maps.positions[1:],
+            *self.object_queries(text.sentence, maps.projected[0].shape[1]),
+        )
+        return self.answer(maps, decoded, text, sizes, auxiliary)
+
+    def episode(self, batch: Batch) -> dict:
+        """Outputs for the query clips of a batch; a support is not looked at."""
+        frames = normalise_padded(batch.frames, batch.padding)
+        return self(frames, batch.padding, batch.sizes, self.encode_text(batch.ids, batch.attention))
