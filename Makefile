@@ -10,17 +10,21 @@ ARGS =
 VENV = .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
+META = $(VENV)/.installed-meta
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup setup-meta demo test lint clean
 
 help:
 	@echo "make demo     evaluate on the built-in data: tables and a picture"
 	@echo "make test     run the tests"
 	@echo "make lint     check style and format"
 	@echo "make setup    make $(VENV) and install, as the others do when needed"
+	@echo "make setup-meta  add learn2learn, for the strategies maml, anil and meta-sgd; needs a C compiler"
 	@echo "make clean    remove caches and build folders; $(VENV) and runs stay"
 
 setup: $(INSTALLED)
+
+setup-meta: $(META)
 
 demo: $(INSTALLED)
 	$(BIN)/fewref demo $(ARGS)
@@ -40,6 +44,15 @@ clean:
 $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --editable ".[test,lint]"
+	@touch $@
+
+# The C files in learn2learn's distribution are too old for Python 3.11 and later; the word build_ext makes its build
+# write them anew with Cython. Of what it asks for, it imports gym and requests; gsutil and qpth are left out.
+$(META): | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --upgrade pip cython setuptools wheel
+	$(BIN)/python -m pip install gym requests
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --config-settings=--global-option=build_ext \
+		learn2learn==0.2.0
 	@touch $@
 
 # Some systems ship Python with pip but without the parts that venv needs to bring its own; then that pip is used once.

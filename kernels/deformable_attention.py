@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewref.kernels.dispatch import must_be_differentiable_twice
+
 Shapes = Sequence[tuple[int, int]]
 
 # Samples per chunk of the CPU form: bounds its scratch memory to about 0.2 GB.
@@ -29,7 +31,8 @@ def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Te
         raise ValueError(f"levels {list(shapes)} do not add up to {value.shape[1]} positions")
     dtype = value.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    sample = sample_by_bags if _suits_bags(value, locations) else sample_by_grid
+    bags = _suits_bags(value, locations) and not must_be_differentiable_twice()
+    sample = sample_by_bags if bags else sample_by_grid
     with torch.autocast(value.device.type, enabled=False):
         return sample(value.to(wide), shapes, locations.to(wide), weights.to(wide)).to(dtype)
 
