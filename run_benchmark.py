@@ -27,7 +27,7 @@ if not __package__:  # also in the processes that score, which import the main s
 
 from fewref.episodes.errors import InputError, near  # noqa: E402
 
-CHANGES = ("shots", "supports", "support_frames", "episodes", "episode_seed")
+CHANGES = ("shots", "supports", "support_frames", "episodes", "episode_seed")  # fields of EpisodeProtocol
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,19 +90,22 @@ def _demo(commands) -> None:
     demo = _command(commands, "demo", call_demo, "CMA and the controls on the built-in data: tables and a picture")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs, tables and picture")
     demo.add_argument("--draws", type=int, default=1, help="support draws asked, of five (default %(default)s)")
-    demo.add_argument("--more", action="store_true", help="also ask with an empty sentence and without a support")
+    demo.add_argument("--queries", type=int, help="asked per episode, evenly spaced (default all; leaderboard 8)")
+    words = "all methods that have checkpoints, with and without adaptation, and all ablations"
+    demo.add_argument("--leaderboard", action="store_true", help=words)
     demo.add_argument("--retrain", action="store_true", help="train the shipped checkpoints again first (hours)")
 
 
 def _dataset_options(parser: Parser, group: str = "all") -> None:
     parser.add_argument("--dataset", default="builtin", help="name of a dataset, see `list` (default %(default)s)")
     parser.add_argument("--data-root", type=Path, help="its folder; the built-in data are written where absent")
-    parser.add_argument("--group", default=group, help="group (fold) 1..4, some joined by commas, or all (%(default)s)")
+    words = "group (fold) 1..4, some joined by commas, or all (%(default)s)"
+    parser.add_argument("--group", "--groups", default=group, help=words)
 
 
-def _episode_options(parser: Parser) -> None:
+def _episode_options(parser: Parser, shots: dict | None = None) -> None:
     parser.add_argument("--protocol", default="group", help="named protocol, see `list` (default %(default)s)")
-    parser.add_argument("--shots", type=int, help="support clips per episode")
+    parser.add_argument("--shots", **(shots or {"type": int, "help": "support clips per episode"}))
     parser.add_argument("--supports", type=int, help="support draws per category")
     parser.add_argument("--support-frames", type=int, help="annotated frames per support clip")
     parser.add_argument("--episodes", type=int, help="episodes per seed, for the protocol random")
@@ -110,17 +113,28 @@ def _episode_options(parser: Parser) -> None:
 
 
 def _changes(options: argparse.Namespace) -> dict[str, int]:
-    given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in CHANGES}
+    given = {name: value for name, value in given.items() if isinstance(value, int)}  # several shots make a matrix
     return {name.removeprefix("episode_"): value for name, value in given.items()}
 
 
 def _run(commands) -> None:
-    run = _command(commands, "run", call_run, "ask a method every query; start again to go on")
-    run.add_argument("--method", required=True, help="name, see `list`, or package.module:Class")
+    run = _command(commands, "run", call_run, "ask methods every query; start again to go on")
+    words = "name, see `list`, or package.module:Class; some joined by commas; or all (controls too)"
+    run.add_argument("--method", "--methods", required=True, type=_names, help=words)
     _dataset_options(run)
-    _episode_options(run)
+    numbers = {"type": _numbers, "default": (None,)}
+    _episode_options(run, {**numbers, "help": "support clips per episode; several numbers joined by commas"})
     run.add_argument("--manifest", type=Path, help="ask the episodes of this file")
     run.add_argument("--draws", type=int, help="ask only the first support draws")
+    run.add_argument("--queries", type=int, help="ask that many queries per episode, evenly spaced over its list")
+    words = "adaptation strategy, see `list`; some joined by commas (default none)"
+    run.add_argument("--adapt", type=_names, default=("none",), help=words)
+    run.add_argument("--adapt-steps", **numbers, help="its gradient steps; several numbers joined by commas")
+    run.add_argument("--adapt-lr", type=float, help="its learning rate")
+    words = "any setting of it, in JSON, such as augment=false; may be repeated"
+    run.add_argument("--adapt-option", action="append", default=[], metavar="NAME=VALUE", help=words)
+    run.add_argument("--jobs", type=int, help="processes, for several runs (default: one per core; one on a GPU)")
     run.add_argument("--scoring", action="append", default=[], help="scoring protocol in place of the protocol's own")
     run.add_argument("--weights", help="checkpoint file, name of a shipped one, or untrained")
     run.add_argument("--config", default="tiny", help="tiny, paper or a JSON file (default %(default)s)")
@@ -133,6 +147,16 @@ def _run(commands) -> None:
     run.add_argument("--shard", type=_shard, metavar="I/N", help="the I-th of N parts of the episodes, I from 0")
     run.add_argument("--workers", type=int, default=1, help="processes that score; 0: between the queries")
     run.add_argument("--out", type=Path, help="base folder (default runs/<dataset>-<protocol>)")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    if not all(part.isdigit() and int(part) for part in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0, nor several joined by commas, such as 1,5")
+    return tuple(map(int, text.split(",")))
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -232,15 +256,18 @@ def _speed(commands) -> None:
 def call_demo(o: argparse.Namespace) -> int:
     from fewref.benchmark.demo import demo
 
-    return demo(o.out, o.draws, o.more, o.retrain)
+    return demo(o.out, o.draws, o.leaderboard, o.retrain, o.queries)
 
 
 def call_run(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import RunOptions, report, run_groups
+    from fewref.benchmark.commands import RunOptions, report
+    from fewref.benchmark.matrix import Lists, adapt_changes, run_matrix
 
-    names = "method dataset data_root group weights config protocol manifest draws device precision window seed"
+    lists = Lists(o.method, o.adapt, o.shots, o.adapt_steps)
+    names = "dataset data_root group weights config protocol manifest draws queries device precision window seed"
     values = {name: getattr(o, name) for name in f"{names} text support shard workers out".split()}
-    return report(run_groups(RunOptions(**values, scoring=tuple(o.scoring), changes=_changes(o))))
+    values |= {"changes": _changes(o), "adapt_changes": adapt_changes(o.adapt_lr, o.adapt_option)}
+    return report(run_matrix(lists, RunOptions(method=o.method[0], **values, scoring=tuple(o.scoring)), o.jobs))
 
 
 def call_train(o: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import torch
 from fewref.benchmark.inputs import (
     choose_device,
     choose_groups,
+    fewer_queries,
     find_runs,
     first_draws,
     get_manifest,
@@ -32,8 +33,11 @@ from fewref.episodes import leakage
 from fewref.episodes.check import check_dataset
 from fewref.episodes.checksums import verify_checksums, write_checksums
 from fewref.episodes.errors import InputError, near, write_atomic
-from fewref.episodes.manifest import read_manifest, write_manifest
+from fewref.episodes.manifest import Manifest, read_manifest, write_manifest
+from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.sampler import build_manifest, episode_protocol, training_pools
+from fewref.methods.adaptation.options import adapt_options
+from fewref.methods.base import Method
 from fewref.methods.registry import load_method
 from fewref.methods.shipped import find_weights
 from fewref.splits import load_split
@@ -43,7 +47,11 @@ CURVE_STEPS = 50  # steps that one point of a recorded loss curve averages over
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Everything that `run` can be told; see the command's help. out: base folder; runs lie below it, one per group."""
+    """Everything that `run` can be told of one method; see the command's help.
+
+    out: base folder; runs lie below it, one per group. changes: fields of `EpisodeProtocol`; adapt_changes: of
+    `AdaptOptions`. tag: end of the folder's name, of a run that one setting tells from others of a matrix.
+    """
 
     method: str
     dataset: str = "builtin"
@@ -66,54 +74,65 @@ class RunOptions:
     workers: int = 1
     out: Path | None = None
     progress: bool = True
+    queries: int | None = None
+    adapt: str = "none"
+    adapt_changes: dict[str, Any] = field(default_factory=dict)
+    tag: str = ""
 
 
 def run_folder(options: RunOptions, group: str) -> Path:
-    """`runs/<dataset>-<protocol>/<method and ablations>/group-<g>`, or the last two parts below `--out`."""
-    label = options.method.replace(":", ".")
+    """`runs/<dataset>-<protocol>/<method, adaptation and ablations>/group-<g>`, or the last two parts below `--out`.
+
+    Another number of shots than the protocol's is told by the first part.
+    """
+    label = options.method.replace(":", ".") + (f"+{options.adapt}" if options.adapt != "none" else "") + options.tag
     label += "".join(f"-{kind}-{mode}" for kind, mode in _ablations(options))
-    base = options.out or Path("runs") / f"{options.dataset}-{options.protocol}"
-    return base / label / f"group-{group}"
+    shots, default = options.changes.get("shots"), get_protocol(options.protocol).episodes.shots
+    name = f"{options.dataset}-{options.protocol}" + (f"-shots{shots}" if shots not in (None, default) else "")
+    return (options.out or Path("runs") / name) / label / f"group-{group}"
 
 
 def _ablations(options: RunOptions) -> list[tuple[str, str]]:
     return [(kind, mode) for kind, mode in (("text", options.text), ("support", options.support)) if mode != "right"]
 
 
-def run_groups(options: RunOptions) -> list[RunResult]:
-    """Run a method on each group asked for, one run folder each. Raises InputError for bad options and data."""
-    cls = load_method(options.method)
-    protocol = get_protocol(options.protocol)
-    device = choose_device(options.device)
+def check_settings(options: RunOptions) -> None:
+    """Raises InputError for settings that no method could be run with."""
+    get_protocol(options.protocol)
+    choose_device(options.device)
     if options.precision not in ("fp32", "bf16"):
         raise InputError(f"--precision {options.precision!r}: {near(options.precision, ('fp32', 'bf16'))}")
     if options.window < 1:
         raise InputError(f"--window {options.window}: a window has at least one frame")
-    wanted = options.group
+
+
+def chosen_episodes(options: RunOptions, index: DatasetIndex) -> dict[str, Manifest]:
+    """Group -> the episodes to ask. Raises InputError for unknown groups and a manifest of other data."""
+    protocol, wanted = get_protocol(options.protocol), options.group
     if options.manifest and wanted == "all":
         wanted = read_manifest(options.manifest).group
-    index = open_dataset(options.dataset, options.data_root)
-    groups = choose_groups(index, wanted)
-    plans = []
-    for group in groups:
+    found = {}
+    for group in choose_groups(index, wanted):
         manifest = get_manifest(index, group, protocol, options.changes, options.manifest)
-        weights = None
-        if cls.info.needs_weights:
-            weights = find_weights(options.method, options.weights, options.config, options.dataset, group)
-        plans.append((group, first_draws(manifest, options.draws), weights))
+        found[group] = fewer_queries(first_draws(manifest, options.draws), options.queries)
+    return found
+
+
+def run_groups(options: RunOptions) -> list[RunResult]:
+    """Run a method on each group asked for, one run folder each. Raises InputError for bad options and data."""
+    cls = load_method(options.method)
+    check_settings(options)
+    protocol = get_protocol(options.protocol)
+    index = open_dataset(options.dataset, options.data_root)
+    manifests, weights = chosen_episodes(options, index), {}
+    if cls.info.needs_weights:
+        names = options.method, options.weights, options.config, options.dataset
+        weights = {group: find_weights(*names, group, options.adapt) for group in manifests}
     results = []
-    for group, manifest, weights in plans:
-        method = cls(
-            weights=weights,
-            config=options.config,
-            device=device,
-            precision=options.precision,
-            window=options.window,
-            seed=options.seed,
-        )
+    for group, manifest in manifests.items():
         results.append(
             run(
-                method=method,
+                method=build_method(cls, options, weights.get(group)),
                 method_name=options.method,
                 manifest=manifest,
                 index=index,
@@ -128,6 +147,24 @@ def run_groups(options: RunOptions) -> list[RunResult]:
             )
         )
     return results
+
+
+def build_method(cls: type[Method], options: RunOptions, weights: Path | str | None) -> Method:
+    """The method, inside of the adaptation strategy that is asked for. Raises InputError where the two do not fit."""
+    method = cls(
+        weights=weights,
+        config=options.config,
+        device=choose_device(options.device),
+        precision=options.precision,
+        window=options.window,
+        seed=options.seed,
+    )
+    if options.adapt == "none":
+        return method
+    from fewref.methods.adaptation.adapted import wrap
+
+    defaults = getattr(method, "adapt_defaults", {}).get(options.adapt, {})
+    return wrap(method, adapt_options(options.adapt, defaults, options.adapt_changes))
 
 
 def train_group(

@@ -1,61 +1,80 @@
-"""`demo`: CMA, its ablations and the controls on the built-in benchmark, from the data to tables and a picture."""
+"""`demo`: CMA, its ablations and the controls on the built-in benchmark, from the data to tables and a picture.
+
+With `leaderboard` every method that has shipped checkpoints, with and without adaptation.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from fewref.benchmark.commands import RunOptions, run_folder, run_groups, train_group
+from fewref.benchmark.commands import RunOptions, run_folder, train_group
 from fewref.benchmark.inputs import open_dataset
+from fewref.benchmark.matrix import called, check_possible, count_jobs, run_all
 from fewref.benchmark.picture import write_picture
 from fewref.benchmark.results import load
 from fewref.benchmark.table import show, views, wide, write_tables
 from fewref.episodes.errors import InputError
+from fewref.methods.adaptation.options import META
+from fewref.methods.registry import METHODS, load_method
+from fewref.methods.shipped import shipped_folder, shipped_names
 
 DATASET, GROUPS, METHOD = "builtin", ("1", "2", "3", "4"), "cma"
 PICTURED = ("copy-support", METHOD)
+QUERIES = 8  # of the leaderboard, per episode
+CONTROLS = tuple({"method": name} for name in METHODS if load_method(name).info.kind == "control")
 ASKED = (
-    *({"method": name} for name in ("empty", "random", "copy-support", "oracle", METHOD)),
+    *CONTROLS,
+    {"method": METHOD},
     {"method": METHOD, "text": "other"},
     {"method": METHOD, "support": "other-category"},
 )
 ABLATIONS = ({"method": METHOD, "text": "empty"}, {"method": METHOD, "support": "none"})
 
 
-def demo(out: Path, draws: int, more: bool, retrain: bool, groups: tuple[str, ...] = GROUPS) -> int:
+def demo(
+    out: Path,
+    draws: int,
+    leaderboard: bool,
+    retrain: bool,
+    queries: int | None = None,
+    groups: tuple[str, ...] = GROUPS,
+) -> int:
     """Evaluate on the first `draws` of five support draws, write tables and picture.png to `out`, print the tables.
 
-    more: also with an empty sentence and without a support. retrain: make the checkpoints again first, below
-    `out`/train, and use these. Returns 3 where queries failed. Raises InputError for bad options and unwritable places.
+    leaderboard: ask every method with and without fine-tuning, prototypes and all ablations. retrain: make the
+    checkpoints again first, below `out`/train, and use these. queries: asked per episode; None asks all, or `QUERIES`
+    for the leaderboard. What lacks a checkpoint is left out with a line on stderr.
+    Returns 3 where queries failed. Raises InputError for bad options and unwritable places.
     """
     index = open_dataset(DATASET, None)
-    trained = {group: str(path) for group, path in retrained(out, groups).items()} if retrain else {}
+    chosen = possible(leaderboard_rows() if leaderboard else [*ASKED, *meta_rows(groups)], groups)
+    methods = sorted({row["method"] for row in chosen if load_method(row["method"]).info.needs_weights})
+    trained = retrained(out, groups, methods) if retrain else {}
     plans = [
         RunOptions(
-            **asked,
+            **row,
             dataset=DATASET,
             group=group,
-            weights=trained.get(group) if asked["method"] == METHOD else None,
+            weights=trained.get((row["method"], group)) if row.get("adapt") not in META else None,
             draws=draws,
-            workers=0,
+            queries=queries or (QUERIES if leaderboard else None),
             out=Path(out) / "runs",
-            progress=False,
+            workers=0,
         )
-        for asked in (ASKED + ABLATIONS if more else ASKED)
+        for row in chosen
         for group in groups
     ]
-    failed = run_all(plans)
+    failed = sum(result.failed for result in run_all(plans, count_jobs(None, "auto"), "demo"))
     folders = [run_folder(plan, plan.group) for plan in plans]
     pictured = [
         run_folder(plan, plan.group)
         for group in groups
         for plan in plans
-        if (plan.group, plan.text, plan.support) == (group, "right", "right") and plan.method in PICTURED
+        if (plan.group, plan.text, plan.support, plan.adapt) == (group, "right", "right", "none")
+        and plan.method in PICTURED
     ]
     files = [*write_tables(folders, out), write_picture(Path(out) / "picture.png", pictured, {DATASET: index})]
     for title, table in views(wide(load(folders))):
@@ -64,38 +83,48 @@ def demo(out: Path, draws: int, more: bool, retrain: bool, groups: tuple[str, ..
     return 3 if failed else 0
 
 
-def run_all(plans: list[RunOptions]) -> int:
-    """Run everything planned, a process for each core; returns how many queries failed. Raises the first InputError."""
-    spawn = multiprocessing.get_context("spawn")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ProcessPoolExecutor(min(cores, len(plans)), spawn, _one_thread) as pool:
-        jobs = [pool.submit(run_groups, plan) for plan in plans]
-        failed = 0
+def leaderboard_rows() -> list[dict[str, Any]]:
+    """All that the leaderboard has, whether it is possible here or not."""
+    networks = [name for name in METHODS if {"method": name} not in CONTROLS]
+    adapted = [{"method": name, "adapt": strategy} for name in networks for strategy in ("none", "finetune")]
+    pooled = {"method": METHOD, "adapt": "prototype"}
+    return [*CONTROLS, *adapted, pooled, *meta_rows(GROUPS), *ASKED[len(CONTROLS) + 1 :], *ABLATIONS]
+
+
+def meta_rows(groups: Sequence[str]) -> list[dict[str, Any]]:
+    """The meta-learned rows that have a shipped checkpoint for every group."""
+    known = shipped_names()
+    return [
+        {"method": METHOD, "adapt": strategy}
+        for strategy in META
+        if all(shipped_folder(f"{METHOD}+{strategy}", DATASET, group).name in known for group in groups)
+    ]
+
+
+def possible(rows: Sequence[dict[str, Any]], groups: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows that have their checkpoints and libraries; a line on stderr for each other one."""
+    kept = []
+    for row in rows:
+        strategy = row.get("adapt", "none")
         try:
-            for job in tqdm(as_completed(jobs), total=len(jobs), unit="run", desc="demo"):
-                failed += sum(result.failed for result in job.result())
-        except InputError:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
+            check_possible(row["method"], strategy, RunOptions(row["method"], dataset=DATASET), groups)
+            kept.append(row)
+        except InputError as error:
+            print(f"left out: {called(row['method'], strategy)}: {error}", file=sys.stderr)
+    return kept
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def retrained(out: Path, groups: tuple[str, ...]) -> dict[str, Path]:
+def retrained(out: Path, groups: tuple[str, ...], methods: Sequence[str]) -> dict[tuple[str, str], str]:
     """Train as the shipped checkpoints were: once on the pretraining set, from there on each group's base categories.
 
-    Returns group -> weights, below `out`/train. A training that was stopped goes on.
+    Returns (method, group) -> weights, below `out`/train. A training that was stopped goes on.
     """
-    common = {"method": METHOD, "data_root": None, "config": "tiny", "seed": 0}
-    folder = Path(out) / "train"
-    name = f"{METHOD}-builtin-pretrain-none"
-    start = train_group(**common, dataset="builtin-pretrain", group="none", out=folder / name)
-    return {
-        group: train_group(
-            **common, dataset=DATASET, group=group, init=start, out=folder / f"{METHOD}-{DATASET}-{group}"
-        )
-        for group in groups
-    }
+    folder, found = Path(out) / "train", {}
+    for method in methods:
+        common = {"method": method, "data_root": None, "config": "tiny", "seed": 0}
+        pretraining = folder / f"{method}-builtin-pretrain-none"
+        start = train_group(**common, dataset="builtin-pretrain", group="none", out=pretraining)
+        for group in groups:
+            where = folder / f"{method}-{DATASET}-{group}"
+            found[method, group] = str(train_group(**common, dataset=DATASET, group=group, init=start, out=where))
+    return found

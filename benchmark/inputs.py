@@ -17,6 +17,7 @@ from fewref.episodes.manifest import FROZEN, Manifest, check_matches, find_manif
 from fewref.episodes.readers import DatasetIndex, read_index
 from fewref.episodes.sampler import build_manifest, episode_protocol
 from fewref.episodes.synthetic import FOLDERS, write_synthetic
+from fewref.episodes.types import Episode
 from fewref.splits import load_split
 
 BUILTIN_ROOT, PRETRAIN_ROOT = Path("runs/builtin-data"), Path("runs/builtin-pretrain-data")
@@ -73,6 +74,7 @@ def get_manifest(
         check_matches(manifest, index)
         return manifest
     name = protocol.episodes.name
+    changes = {key: value for key, value in changes.items() if getattr(protocol.episodes, key, None) != value}
     frozen = list(FROZEN.glob(f"{index.dataset}-{group}-{name}-*.json"))
     if frozen and not changes:
         manifest = read_manifest(find_manifest(index.dataset, group, name))
@@ -89,6 +91,30 @@ def first_draws(manifest: Manifest, draws: int | None) -> Manifest:
         raise InputError(f"--draws {draws}: ask at least one")
     kept = tuple(episode for episode in manifest.episodes if episode.seed < draws)
     return dataclasses.replace(manifest, episodes=kept)
+
+
+def fewer_queries(manifest: Manifest, queries: int | None) -> Manifest:
+    """The manifest with at most that many queries per episode, evenly spaced over its list, and a note; None keeps all.
+
+    Episodes that ask the same queries still do. Raises InputError for fewer than one.
+    """
+    if queries is None:
+        return manifest
+    if queries < 1:
+        raise InputError(f"--queries {queries}: ask at least one")
+    most = max(len(episode.queries) for episode in manifest.episodes)
+    if queries >= most:
+        return manifest
+    note = f"at most {queries} queries of each episode are asked, evenly spaced, of up to {most}"
+    kept = tuple(_spaced(episode, queries) for episode in manifest.episodes)
+    return dataclasses.replace(manifest, episodes=kept, notes=(*manifest.notes, note))
+
+
+def _spaced(episode: Episode, count: int) -> Episode:
+    n = len(episode.queries)
+    places = [i * n // count for i in range(count)] if count < n else range(n)
+    queries, targets = (tuple(items[place] for place in places) for items in (episode.queries, episode.targets))
+    return dataclasses.replace(episode, queries=queries, targets=targets)
 
 
 def choose_device(device: str) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints that come with the project: trained on the built-in data, one per method and group.
 
-Each is a folder `methods/checkpoints/<method>-<dataset>-<group>`: weights.safetensors and training.json.
+Each is a folder `methods/checkpoints/<method>-<dataset>-<group>`: weights.safetensors and training.json. Meta-learned
+ones are called `<method>+<strategy>-<dataset>-<group>`.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewref.episodes.errors import InputError, near
+from fewref.methods.adaptation.options import META
 from fewref.methods.base import UNTRAINED
 
 CHECKPOINTS = Path(__file__).resolve().parent / "checkpoints"
@@ -23,15 +25,20 @@ def shipped_folder(method: str, dataset: str, group: str) -> Path:
     return CHECKPOINTS / f"{method}-{dataset}-{group}"
 
 
-def find_weights(method: str, weights: str | None, config: str, dataset: str, group: str) -> Path | str:
+def find_weights(
+    method: str, weights: str | None, config: str, dataset: str, group: str, strategy: str = "none"
+) -> Path | str:
     """The checkpoint to use: a file, a shipped one by name, "untrained", or, with None, the shipped one that fits.
 
+    For a meta-learned strategy that is the one trained for it and, where none is shipped, the method's plain one.
     Raises InputError where there is none.
     """
     if weights is None:
-        folder = shipped_folder(method, dataset, group)
-        if config == "tiny" and folder.name in shipped_names():
-            return folder / "weights.safetensors"
+        called = [f"{method}+{strategy}", method] if strategy in META else [method]
+        for name in called if config == "tiny" else ():
+            folder = shipped_folder(name, dataset, group)
+            if folder.name in shipped_names():
+                return folder / "weights.safetensors"
         raise InputError(
             f"no checkpoint of {method} is shipped for {dataset}, group {group}, config {config}; give --weights FILE"
         )

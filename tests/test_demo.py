@@ -3,10 +3,12 @@
 import pytest
 
 from fewref.benchmark.commands import RunOptions, run_folder, run_groups
-from fewref.benchmark.demo import ABLATIONS, ASKED, run_all
+from fewref.benchmark.demo import ABLATIONS, ASKED, leaderboard_rows, possible
+from fewref.benchmark.matrix import run_all
 from fewref.benchmark.store import COSTS, read_rows
 from fewref.episodes.errors import InputError
-from fewref.methods.registry import METHODS
+from fewref.methods import shipped
+from fewref.methods.registry import METHODS, load_method
 
 
 def plans(small, out, **options):
@@ -16,7 +18,9 @@ def plans(small, out, **options):
 
 
 def test_several_processes_give_the_same_rows(small, tmp_path):
-    assert run_all(plans(small, tmp_path / "pool")) == 0
+    results = run_all(plans(small, tmp_path / "pool"), 2, "test")
+    assert [result.failed for result in results] == [0, 0]
+    assert [result.folder.parent.name for result in results] == ["empty", "copy-support"]
     for here, there in zip(plans(small, tmp_path / "here"), plans(small, tmp_path / "pool"), strict=True):
         run_groups(here)
         alone, pooled = (
@@ -28,10 +32,28 @@ def test_several_processes_give_the_same_rows(small, tmp_path):
 
 def test_bad_input_of_one_run_ends_all(small, tmp_path):
     with pytest.raises(InputError, match="--window 0"):
-        run_all(plans(small, tmp_path / "out", window=0))
+        run_all(plans(small, tmp_path / "out", window=0), 2, "test")
 
 
 def test_what_is_asked_has_every_control_and_both_ablations():
-    assert {asked["method"] for asked in ASKED} == set(METHODS) - {"cma-self", "cma-base"}
+    controls = {name for name in METHODS if load_method(name).info.kind == "control"}
+    assert {asked["method"] for asked in ASKED} == controls | {"cma"}
     assert {asked.get("text") for asked in ASKED + ABLATIONS} == {None, "empty", "other"}
     assert {asked.get("support") for asked in ASKED + ABLATIONS} == {None, "other-category", "none"}
+
+
+def test_the_leaderboard_has_every_method_with_and_without_fine_tuning(capsys, monkeypatch):
+    rows = leaderboard_rows()
+    assert len({tuple(sorted(row.items())) for row in rows}) == len(rows)
+    asked = {(row["method"], row.get("adapt", "none")) for row in rows}
+    networks = {name for name in METHODS if load_method(name).info.kind == "method"}
+    assert asked >= {(name, strategy) for name in networks for strategy in ("none", "finetune")}
+    assert ("cma", "prototype") in asked
+    assert {row["method"] for row in rows} == set(METHODS)
+    monkeypatch.setattr(shipped, "shipped_names", lambda: ("cma-builtin-1", "cma-builtin-2"))
+    kept = possible(rows, ("1", "2"))
+    assert {row["method"] for row in kept} == (set(METHODS) - networks) | {"cma"}
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(rows) - len(kept)
+    assert any(line.startswith("left out: referformer + finetune: no checkpoint") for line in lines)
+    assert not [row for row in possible(rows, ("1", "2", "3")) if row["method"] in networks]
