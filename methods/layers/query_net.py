@@ -18,7 +18,7 @@ from fewref.methods.layers.deformable_decoder import Decoded, DeformableTransfor
 from fewref.methods.layers.fpn import CrossModalFPN
 from fewref.methods.layers.fusion import VisionLanguageFusion
 from fewref.methods.layers.mask_head import build_controller, layer_masks
-from fewref.methods.layers.mlp import FeatureResizer
+from fewref.methods.layers.mlp import MLP, FeatureResizer
 from fewref.methods.layers.position import sine_positions_1d, sine_positions_2d
 from fewref.methods.text import TextFeatures, encode_sentences
 
@@ -57,8 +57,10 @@ class QueryNet(nn.Module):
 
     backbone: from `build_backbone`; text_encoder: from `build_text_encoder`. queries: per frame (times num_patterns if
     that is not 0). use_dab: queries are anchor boxes (DAB-DETR). The default sizes are upstream's; names and shapes of
-    the state dict equal upstream's. Frozen parts get no gradient, but in train mode a frozen text encoder keeps its
-    dropout, as upstream.
+    the state dict equal upstream's. classes: K of the class head. refined=False: boxes are not refined from layer to
+    layer, and all layers share their heads; not with use_dab. mask_dim: channels of the mask features, `hidden` if
+    None; mask_channels, mask_layers, coordinates: width and depth of the tiny mask networks, and whether they see where
+    a pixel lies. Frozen parts get no gradient, but in train mode a frozen text encoder keeps its dropout, as upstream.
     """
 
     def __init__(
@@ -74,14 +76,20 @@ class QueryNet(nn.Module):
         decoder_layers: int = 4,
         points: int = 4,
         queries: int = 5,
+        classes: int = 1,
+        refined: bool = True,
         dropout: float = 0.1,
+        mask_dim: int | None = None,
         mask_channels: int = 8,
+        mask_layers: int = 3,
+        coordinates: bool = True,
         num_patterns: int = 0,
         freeze_backbone: bool = True,
         freeze_text: bool = True,
     ) -> None:
         super().__init__()
-        self.use_dab, self.mask_channels = use_dab, mask_channels
+        self.use_dab, self.refined, self.coordinates = use_dab, refined, coordinates
+        self.mask_channels, self.mask_layers = mask_channels, mask_layers
         self.hidden, self.queries, self.num_patterns = hidden, queries, num_patterns
         self.freeze_backbone, self.freeze_text = freeze_backbone, freeze_text
         # The order of the blocks is that of upstream's state dict: tied names are listed under the first (4).
@@ -95,9 +103,14 @@ class QueryNet(nn.Module):
             levels=LEVELS,
             points=points,
             use_dab=use_dab,
+            refined=refined,
         )
-        self.class_embed = nn.ModuleList(nn.Linear(hidden, 1) for _ in range(decoder_layers))
-        self.bbox_embed = self.transformer.decoder.bbox_embed
+        if refined:
+            self.class_embed = nn.ModuleList(nn.Linear(hidden, classes) for _ in range(decoder_layers))
+            self.bbox_embed = self.transformer.decoder.bbox_embed
+        else:
+            self.class_embed = nn.ModuleList([nn.Linear(hidden, classes)] * decoder_layers)
+            self.bbox_embed = nn.ModuleList([MLP(hidden, hidden, 4, 3)] * decoder_layers)
         if use_dab:
             self.tgt_embed = nn.Embedding(queries, hidden)
             self.refpoint_embed = nn.Embedding(queries, 4)
@@ -110,8 +123,9 @@ class QueryNet(nn.Module):
         self.text_encoder = text_encoder
         self.resizer = FeatureResizer(text_encoder.config.hidden_size, hidden, dropout)
         self.fusion_module = VisionLanguageFusion(hidden, heads)
-        self.pixel_decoder = CrossModalFPN((backbone.channels[0], *[hidden] * 3), hidden, hidden, heads, ffn, dropout)
-        self.controller = build_controller(hidden, hidden, mask_channels)
+        mask_dim = mask_dim or hidden
+        self.pixel_decoder = CrossModalFPN((backbone.channels[0], *[hidden] * 3), hidden, mask_dim, heads, ffn, dropout)
+        self.controller = build_controller(hidden, mask_dim, mask_channels, mask_layers, coordinates)
         self._reset_heads()
         self.backbone.requires_grad_(not freeze_backbone)
         self.text_encoder.requires_grad_(not freeze_text)
@@ -119,11 +133,10 @@ class QueryNet(nn.Module):
     def _reset_heads(self) -> None:
         for layer in self.class_embed:
             nn.init.constant_(layer.bias, -math.log(99))  # probability 0.01, as focal loss wants
-        for index, mlp in enumerate(self.bbox_embed):
+        for mlp in self.bbox_embed:
             nn.init.zeros_(mlp.layers[-1].weight)
             nn.init.zeros_(mlp.layers[-1].bias)
-            if index == 0:
-                nn.init.constant_(mlp.layers[-1].bias[2:], -2.0)
+        nn.init.constant_(self.bbox_embed[0].layers[-1].bias[2:], -2.0)
 
     def encode_text(self, ids: Tensor, attention: Tensor) -> TextFeatures:
         """Token ids and attention (1 on tokens), both int64 (B,L) -> features of width `hidden`."""
@@ -145,7 +158,7 @@ class QueryNet(nn.Module):
     ) -> dict:
         """Boxes and masks of every query in every frame, from what the transformer made of the clip.
 
-        sizes int (B,2): the unpadded input (H,W). Returns pred_logits (B,T,Q,1), pred_boxes (B,T,Q,4) cxcywh in [0,1],
+        sizes int (B,2): the unpadded input (H,W). Returns pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4) cxcywh in [0,1],
         pred_masks (B,T,Q,h,w) logits at stride 4; with `auxiliary` also aux_outputs, the same of the earlier decoder
         layers; in eval mode reference_points (B,T,Q,2), the centres which the last layer started from.
         """
@@ -203,9 +216,10 @@ class QueryNet(nn.Module):
         masks = layer_masks(
             features,
             self.controller(decoded.states[wanted[0] :]),
-            decoded.boxes[wanted[0] :],
+            decoded.boxes[wanted[0] :] if self.coordinates else None,
             sizes,
             self.mask_channels,
+            self.mask_layers,
         )
         return [
             {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewref.methods.batch import Batch
@@ -55,3 +56,20 @@ class ReferFormerNet(QueryNet):
         """Outputs for the query clips of a batch; a support is not looked at."""
         frames = normalise_padded(batch.frames, batch.padding)
         return self(frames, batch.padding, batch.sizes, self.encode_text(batch.ids, batch.attention))
+
+
+def annotated_frames(maps: QueryMaps, frames: Tensor) -> QueryMaps:
+    """One frame of every clip, for data sets which annotate and score single frames (A2D, JHMDB).
+
+    maps: of B clips; frames: int (B,), positions in the clips. The backbone saw whole clips, which matters for one that
+    mixes frames (Video-Swin); all that follows sees clips of one frame.
+    """
+    b, t = maps.projected[0].shape[:2]
+    clips = torch.arange(b, device=frames.device)
+    flat = clips * t + frames
+    return QueryMaps(
+        maps.stride4[flat],
+        [item[clips, frames][:, None] for item in maps.projected],
+        [item[flat] for item in maps.masks],
+        [item[flat] for item in maps.positions],
+    )
