@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
+from fewref.episodes.draws import draw, generator
 from fewref.episodes.errors import InputError, near
 from fewref.episodes.manifest import Manifest
 from fewref.episodes.readers import DatasetIndex
-from fewref.episodes.sampler import draw, generator
 from fewref.episodes.types import Episode, Query, SupportSet, Target
 
 TEXT = ("right", "empty", "other")

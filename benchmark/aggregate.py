@@ -17,7 +17,7 @@ import pandas as pd
 
 from fewref.benchmark.results import KEY, SECTION
 from fewref.benchmark.scoring import get_scoring
-from fewref.episodes.sampler import generator
+from fewref.episodes.draws import generator
 
 MEAN = "mean"
 RESAMPLES = 2000

@@ -6,13 +6,13 @@ Every draw has a generator of its own, keyed by what is drawn, so that a further
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
+from fewref.episodes.draws import draw, generator
 from fewref.episodes.errors import InputError, near
 from fewref.episodes.manifest import Manifest
 from fewref.episodes.metadata import Video
@@ -91,18 +91,6 @@ def window(frame_count: int, wanted: int, drawn: int) -> list[int]:
         return list(range(frame_count)) + [frame_count - 1] * (wanted - frame_count)
     first = max(0, drawn - wanted + 1)
     return list(range(first, first + wanted))
-
-
-def generator(*key: object) -> np.random.Generator:
-    """A NumPy generator seeded by the SHA-256 of the key's parts joined with "/"; equal on every machine."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return np.random.default_rng(int.from_bytes(digest[:16], "big"))
-
-
-def draw(rng: np.random.Generator, items: Iterable, count: int) -> list:
-    """`count` distinct items in drawing order, uniformly without replacement; one bounded integer per item."""
-    left = list(items)
-    return [left.pop(int(rng.integers(len(left)))) for _ in range(count)]
 
 
 @lru_cache(maxsize=4096)

@@ -19,13 +19,13 @@ import pytest
 import fewref
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the files of a folder may import of ours beside their own folder. What a method sees of `episodes` is the types
-# alone: it has no way to the masks of a query.
+# What the files of a folder may import of ours beside their own folder. What a method sees of `episodes` are types,
+# draws and transforms of pixels that it has: it has no way to the masks of a query.
 ALLOWED = {
     "splits": ("episodes.errors",),
     "episodes": ("splits",),
     "kernels": (),
-    "methods": ("kernels", "episodes.types", "episodes.errors"),
+    "methods": ("kernels", "episodes.types", "episodes.errors", "episodes.draws", "episodes.transforms"),
     "benchmark": ("methods", "kernels", "episodes", "splits"),
 }
 WITHOUT_NETWORKS = ("episodes", "splits")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fewref.episodes.sampler import generator
+from fewref.episodes.draws import generator
 from fewref.episodes.transforms import resize_frame, resize_masks, swap_sides
 from fewref.episodes.types import Shot
 from fewref.methods.adaptation.options import AdaptOptions
