@@ -38,10 +38,14 @@ def open_dataset(dataset: str, root: Path | None) -> DatasetIndex:
     root = Path(root or (PRETRAIN_ROOT if pretraining else BUILTIN_ROOT))
     if not root.exists():
         print(f"writing the built-in data to {root}", flush=True)
-        if pretraining:
-            write_synthetic(root, videos_per_category=PRETRAIN_VIDEOS, layouts=("pretrain",))
-        else:
-            write_synthetic(root)
+        try:
+            if pretraining:
+                write_synthetic(root, videos_per_category=PRETRAIN_VIDEOS, layouts=("pretrain",))
+            else:
+                write_synthetic(root)
+        except InputError:
+            if not root.exists():  # else another process, as of torchrun, was faster and wrote the same
+                raise
     beneath = root / FOLDERS["pretrain" if pretraining else layout]
     return read_index(dataset, beneath if beneath.is_dir() else root)
 
