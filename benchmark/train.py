@@ -23,9 +23,9 @@ import fewref
 from fewref.benchmark.provenance import git_state
 from fewref.benchmark.recipe import FREE, TrainOptions, build_optimiser, rate, read_options, strays, total_steps
 from fewref.benchmark.train_data import EpisodeSource, PixelCache, Pools, batches, group_videos
+from fewref.episodes.draws import generator
 from fewref.episodes.errors import InputError, write_atomic
 from fewref.episodes.readers import DatasetIndex
-from fewref.episodes.sampler import generator
 from fewref.methods.batch import Batch
 from fewref.methods.layers.losses import criterion
 from fewref.methods.layers.matcher import LossWeights
@@ -70,9 +70,7 @@ def train(
     """
     options, out = read_options(config), Path(out)
     with processes(device, options.batch) as (place, rank, world):
-        source = EpisodeSource(PixelCache(index, options.cache_bytes, options.size), group_videos(pools), options, seed)
-        if rank == 0 and (lonely := [name for name in pools if name not in source.videos]):
-            print(f"not trained on, having fewer than two videos: {', '.join(lonely)}", file=sys.stderr)
+        source = episode_source(index, pools, options, seed, rank == 0)
         network.to(place).train()
         run = Training(network, options, seed, out, list(source.videos), place, rank)
         done = run.restore() if resume else 0
@@ -92,13 +90,19 @@ def train(
                 if done % options.save_every == 0 or done == last:
                     log.flush()
                     run.save(done)
-        weights = out / "weights.safetensors"
         if rank == 0:
-            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            entries = {"command": command, "seed": str(seed), "steps": str(done), **provenance()}
-            dtype = torch.float16 if options.half_weights else torch.float32
-            save_checkpoint(weights, network.state_dict(), {**entries, **(metadata or {})}, dtype, tied)
-        return weights
+            run.write_weights(done, tied, metadata)
+        return run.weights
+
+
+def episode_source(
+    index: DatasetIndex, pools: Pools, options: TrainOptions, seed: int, tell: bool = True
+) -> EpisodeSource:
+    """The episodes of a training; says on the error stream which categories have too few videos for one."""
+    source = EpisodeSource(PixelCache(index, options.cache_bytes, options.size), group_videos(pools), options, seed)
+    if tell and (lonely := [name for name in pools if name not in source.videos]):
+        print(f"not trained on, having fewer than two videos: {', '.join(lonely)}", file=sys.stderr)
+    return source
 
 
 @dataclass
@@ -117,28 +121,59 @@ class Training:
     def __post_init__(self) -> None:
         self.optimiser = build_optimiser(self.network, self.options, self.device)
 
+    @property
+    def weights(self) -> Path:
+        """Where the final weights go."""
+        return self.out / "weights.safetensors"
+
     def step(self, step: int, model: nn.Module, batch: Batch, log: LossLog) -> None:
         """One update of the network."""
+        lr = self.begin(step)
+        total, terms = self.loss(model, batch)
+        total.backward()
+        self.update()
+        log.add(step + 1, lr, {"total": total.detach(), **terms})
+
+    def begin(self, step: int) -> float:
+        """Set what follows from the number of a step (from 0) alone; returns its learning rate."""
         # Dropout follows from the step alone, so a continued training draws what an unbroken one would have drawn.
         torch.manual_seed(int(generator(self.seed, "dropout", step, self.rank).integers(2**62)))
         factor = rate(step, self.options, len(self.classes))
         for group in self.optimiser.param_groups:
             group["lr"] = group["base_lr"] * factor
         self.optimiser.zero_grad()
+        return self.options.lr * factor
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total and terms, each (), of a batch on the device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             outputs = model(batch)
-        total, terms = criterion(outputs, batch.targets, LossWeights(**self.options.loss_weights), LossWeights())
-        total.backward()
+        return criterion(outputs, batch.targets, LossWeights(**self.options.loss_weights), LossWeights())
+
+    def update(self) -> None:
+        """Clip the gradients and let the optimiser make its step."""
         if self.options.clip_norm:
             nn.utils.clip_grad_norm_(self.network.parameters(), self.options.clip_norm)
         self.optimiser.step()
-        log.add(step + 1, self.options.lr * factor, {"total": total.detach(), **terms})
+
+    def write_weights(self, done: int, tied: Tied, metadata: Mapping[str, str] | None) -> None:
+        """Write the weights after `done` steps, with how they were made."""
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        entries = {"command": command, "seed": str(self.seed), "steps": str(done), **provenance()}
+        dtype = torch.float16 if self.options.half_weights else torch.float32
+        save_checkpoint(self.weights, self.network.state_dict(), {**entries, **(metadata or {})}, dtype, tied)
 
     def save(self, done: int) -> None:
         """Write last.pt after `done` steps, whole or not at all."""
         if self.rank:
             return
-        state = {
+        buffer = io.BytesIO()
+        torch.save(self.state(done), buffer)
+        write_atomic(self.out / "last.pt", buffer.getvalue())
+
+    def state(self, done: int) -> dict:
+        """What last.pt holds after `done` steps."""
+        return {
             "step": done,
             "network": self.network.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -147,9 +182,14 @@ class Training:
             "rng": {"seed": self.seed, "step": done},
             "identity": self.identity(),
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomic(self.out / "last.pt", buffer.getvalue())
+
+    def load(self, state: dict) -> None:
+        """Take up what `state` gave."""
+        self.network.load_state_dict(state["network"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        parameters = dict(self.network.named_parameters())
+        for name, gradient in state["strays"].items():
+            parameters[name].grad = gradient
 
     def identity(self) -> dict:
         """What must be equal for a training to be continued."""
@@ -173,16 +213,12 @@ class Training:
                     f"{path}: belongs to a training with another {', '.join(differing)}; "
                     "choose another output folder, or start anew without resuming"
                 )
-            self.network.load_state_dict(state["network"])
-            self.optimiser.load_state_dict(state["optimiser"])
+            self.load(state)
         except InputError:
             raise
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path}: cannot be continued from ({reason}); start anew without resuming") from None
-        parameters = dict(self.network.named_parameters())
-        for name, gradient in state["strays"].items():
-            parameters[name].grad = gradient
         return state["step"]
 
 
