@@ -11,7 +11,7 @@ from fewref.episodes.synthetic import write_synthetic
 
 def test_another_process_may_write_the_built_in_data_first(tmp_path, monkeypatch):
     def beaten(root):
-        write_synthetic(root, videos_per_category=2, layouts=("youtube",), size=(32, 48), frames=2, workers=1)
+        write_synthetic(root, videos_per_category=2, layouts=("youtube",), size=(64, 64), frames=4, workers=1)
         write_synthetic(root)
 
     monkeypatch.setattr(inputs, "write_synthetic", beaten)
