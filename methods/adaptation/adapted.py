@@ -14,6 +14,7 @@ from fewref.episodes.errors import InputError
 from fewref.episodes.types import Prediction, Query, Shot, SupportSet, canonical_json
 from fewref.methods.adaptation import prototype
 from fewref.methods.adaptation.finetune import finetune, trained_parameters
+from fewref.methods.adaptation.meta import adapting, check, meta_adapt
 from fewref.methods.adaptation.options import META, TRANSDUCTIVE, AdaptOptions
 from fewref.methods.adaptation.record import AdaptationError, AdaptationRecord
 from fewref.methods.adaptation.restore import Keeper, own_generators
@@ -27,7 +28,8 @@ __all__ = ["AdaptationError", "AdaptationRecord", "Adapted", "wrap"]
 def wrap(method: Method, options: AdaptOptions) -> Method:
     """The method with a strategy around it; itself for "none".
 
-    Raises InputError where the method has no training loss, or none of the weights that the strategy would train.
+    Raises InputError where the method has no training loss or none of the weights that the strategy would train, and
+    where what the strategy needs is missing (a library, learned rates).
     """
     return method if options.strategy == "none" else Adapted(method, options)
 
@@ -58,7 +60,8 @@ class Adapted(Method):
         self.info = dataclasses.replace(
             method.info, uses_support=True, uses_text=method.info.uses_text and not text_free
         )
-        self.names = () if text_free else tuple(trained_parameters(method, options))
+        chosen = {} if text_free else changing(method, options)
+        self.names, self._sizes = tuple(chosen), sum(weight.numel() for weight in chosen.values())
         self.record = AdaptationRecord()
         self._network = method.network
         self._keeper: Keeper | None = None
@@ -125,11 +128,9 @@ class Adapted(Method):
         task = self._tasks(support.shots)
         if self.strategy not in META:
             return finetune(self.method, self.options, task)
-        from fewref.methods.adaptation.meta import meta_adapt  # needs an optional library
-
-        trained = trained_parameters(self.method, self.options)
-        self.method.network = detached(meta_adapt(self.method, self.options, task))
-        return AdaptationRecord(self.options.steps, sum(weight.numel() for weight in trained.values()))
+        losses: list[float] = []
+        self.method.network = meta_adapt(self.method, self.options, task, losses=losses)
+        return AdaptationRecord(self.options.steps, self._sizes, losses=tuple(losses))
 
     def _predict_transductive(self, query: Query) -> Prediction:
         support = self._support
@@ -164,13 +165,12 @@ class Adapted(Method):
             raise
 
 
-def detached(network: nn.Module) -> nn.Module:
-    """The same module with parameters cut off from the graph that made them, in eval mode."""
-    for module in network.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                module._parameters[name] = weight.detach()
-    return network.eval()
+def changing(method: Trainable, options: AdaptOptions) -> dict[str, nn.Parameter]:
+    """The weights that a gradient strategy may change, by name. Raises InputError where it cannot work."""
+    if options.strategy not in META:
+        return trained_parameters(method, options)
+    check(method, options)
+    return adapting(method, options)
 
 
 def _names(item: Shot | Query) -> tuple[object, ...]:
