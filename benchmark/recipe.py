@@ -31,8 +31,9 @@ class TrainOptions:
     loss_weights: terms (ce, bbox, giou, mask, dice) whose factor in the loss, not in the matching, is not that of
     `LossWeights`.
     augment: "paper", "tiny" or "none". own_support: share of episodes whose support is the query's own video and
-    sentence, an easy start for a network that learns to look at the support. size: (H, W) that every frame is brought
-    to first, None for its own size.
+    sentence, an easy start for a network that learns to look at the support. tracking: share of the steps whose batches
+    have tracking images, for methods that track. size: (H, W) that every frame is brought to first, None for its own
+    size.
     precision: "fp32" or "bf16". faithful: "fixed", or "upstream" to train with upstream's faults: affinity projections
     in no optimiser group, boxes clamped along swapped axes, left and right swapped inside words, classes one after the
     other, supports that may not show the object.
@@ -59,6 +60,7 @@ class TrainOptions:
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     augment: str = "paper"
     own_support: float = 0.0
+    tracking: float = 0.0
     size: tuple[int, int] | None = None
     precision: str = "fp32"
     faithful: str = "fixed"

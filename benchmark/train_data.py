@@ -10,17 +10,19 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from fewref.benchmark.recipe import TrainOptions
+from fewref.episodes.draws import generator
 from fewref.episodes.errors import InputError
 from fewref.episodes.readers import DatasetIndex, read_frame, read_masks
-from fewref.episodes.sampler import generator, window
+from fewref.episodes.sampler import window
 from fewref.episodes.transforms import ClipSample, augment, make_sample, resize_frame, resize_masks
 from fewref.episodes.types import Expression
-from fewref.methods.batch import Batch, collate
+from fewref.methods.batch import Batch, collate, with_tracking
+from fewref.methods.tf2.pairing import keep_object, neighbours
 
 SUPPORT_TRIES = 50
 AHEAD = 2  # steps prepared in advance
@@ -115,41 +117,61 @@ class EpisodeSource:
         turn, place = divmod(position, len(names))
         return names[generator(self.seed, "classes", turn).permutation(len(names))[place]]
 
-    def episode(self, step: int, item: int) -> tuple[ClipSample, ...]:
-        """Query clip and, with support_frames, support clip of one item, augmented.
+    def tracks(self, step: int) -> bool:
+        """Whether a step has tracking images."""
+        return generator(self.seed, "tracking", step).random() < self.options.tracking
 
-        Raises InputError for unreadable pixels.
+    def episode(self, step: int, item: int) -> tuple[ClipSample, ...]:
+        """Query clip of one item, with support_frames its support clip, and where `tracks` says so its tracking images.
+
+        Each is augmented on its own. Raises InputError for unreadable pixels.
         """
         rng = generator(self.seed, step, item)
         category = self.category(step, item)
         videos = list(self.videos[category])
         query = videos.pop(int(rng.integers(len(videos))))
         expression = self._expression(rng, category, query)
-        first = self._clip(rng, query, expression, self.options.clip_frames)
+        places = self._places(rng, query, self.options.clip_frames)
+        clips = [self._clip(query, expression, places)]
+        if self.options.support_frames:
+            clips.append(self._support(rng, category, query, expression, videos))
+        if self.tracks(step):
+            clips.append(self._tracking(query, expression, places))
         whole_words = self.options.faithful == "fixed"
-        if not self.options.support_frames:
-            return (augment(self.options.augment, first, rng, whole_words),)
+        return tuple(augment(self.options.augment, clip, rng, whole_words) for clip in clips)
+
+    def _support(
+        self, rng: np.random.Generator, category: str, query: str, expression: Expression, videos: list[str]
+    ) -> ClipSample:
+        """A clip of another video of the category (or, as an easy start, of the query's) which shows its object."""
         own = self.options.own_support > 0 and rng.random() < self.options.own_support
         for _ in range(SUPPORT_TRIES):
             video = query if own else videos[int(rng.integers(len(videos)))]
             shown = expression if own else self._expression(rng, category, video)
-            second = self._clip(rng, video, shown, self.options.support_frames)
-            if self.options.faithful == "upstream" or second.masks[len(second.masks) // 2].any():
-                break
-        else:
-            raise InputError(f"{self.cache.index.root}: no clip of {category} shows its object; check the masks")
-        return tuple(augment(self.options.augment, sample, rng, whole_words) for sample in (first, second))
+            clip = self._clip(video, shown, self._places(rng, video, self.options.support_frames))
+            if self.options.faithful == "upstream" or clip.masks[len(clip.masks) // 2].any():
+                return clip
+        raise InputError(f"{self.cache.index.root}: no clip of {category} shows its object; check the masks")
 
     def _expression(self, rng: np.random.Generator, category: str, video: str) -> Expression:
         expressions = self.videos[category][video]
         return expressions[int(rng.integers(len(expressions)))]
 
-    def _clip(self, rng: np.random.Generator, video: str, expression: Expression, wanted: int) -> ClipSample:
-        names = self.cache.index.videos[video].frames
-        names = [names[position] for position in window(len(names), wanted, int(rng.integers(len(names))))]
+    def _places(self, rng: np.random.Generator, video: str, wanted: int) -> list[int]:
+        count = len(self.cache.index.videos[video].frames)
+        return window(count, wanted, int(rng.integers(count)))
+
+    def _clip(self, video: str, expression: Expression, places: Sequence[int]) -> ClipSample:
+        names = [self.cache.index.videos[video].frames[place] for place in places]
         frames = self.cache.frames(video, names)
         masks = self.cache.masks(video, names, expression.objects)
         return make_sample(frames, masks, expression.text, swapped_clamp=self.options.faithful == "upstream")
+
+    def _tracking(self, video: str, expression: Expression, places: Sequence[int]) -> ClipSample:
+        """A neighbour of every frame with all but the object black (specification of TF2, section 3)."""
+        clip = self._clip(video, expression, neighbours(places, len(self.cache.index.videos[video].frames)))
+        frames = keep_object(clip.frames.transpose(0, 3, 1, 2), clip.masks)
+        return replace(clip, frames=np.ascontiguousarray(frames.transpose(0, 2, 3, 1)))
 
 
 def batches(
@@ -168,6 +190,13 @@ def batches(
                 waiting.append((step, [pool.submit(source.episode, step, item) for item in items]))
             if waiting and step >= first + AHEAD:
                 ready, futures = waiting.popleft()
-                yield ready, collate([future.result() for future in futures], tokenizer)
+                episodes = [future.result() for future in futures]
+                yield ready, _batch(episodes, source.tracks(ready), tokenizer)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _batch(episodes: list[tuple[ClipSample, ...]], tracked: bool, tokenizer: Callable) -> Batch:
+    if not tracked:
+        return collate(episodes, tokenizer)
+    return with_tracking(collate([clips[:-1] for clips in episodes], tokenizer), [clips[-1] for clips in episodes])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,8 @@ class Batch:
 
     Frames are uint8 (B,T,3,H,W) and padded bottom right; padding bool (B,T,H,W) is true there. sizes: int64 (B,2)
     unpadded (H, W); ids, attention: int64 (B,L); targets: per clip boxes (T,4), masks (T,H,W), valid (T,);
-    support_masks: per support clip float (S,H0,W0), unpadded.
+    support_masks: per support clip float (S,H0,W0), unpadded. tracking: per frame another one of its video with all but
+    the object black, padded to a size of its own, with tracking_padding; for methods that track.
     """
 
     frames: Tensor
@@ -35,6 +36,8 @@ class Batch:
     support_masks: list[Tensor] | None = None
     support_ids: Tensor | None = None
     support_attention: Tensor | None = None
+    tracking: Tensor | None = None
+    tracking_padding: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -70,6 +73,12 @@ def collate(episodes: Sequence[tuple[ClipSample, ...]], tokenizer: Callable) -> 
         ],
         **(_support(supports[0], tokenizer) if supports else {}),
     )
+
+
+def with_tracking(batch: Batch, samples: Sequence[ClipSample]) -> Batch:
+    """The batch with the tracking images of its clips, given in the same order."""
+    frames, padding = pad(samples)
+    return replace(batch, tracking=frames, tracking_padding=padding)
 
 
 def _support(samples: Sequence[ClipSample], tokenizer: Callable) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fewref.episodes.errors import InputError
 from fewref.episodes.transforms import ClipSample, make_sample, resize_masks
-from fewref.episodes.types import Shot
+from fewref.episodes.types import Prediction, Query, Shot, SupportSet
 from fewref.methods.base import UNTRAINED, Trainable, TrainingSetup
 from fewref.methods.batch import Batch, collate
 from fewref.methods.layers.losses import criterion
@@ -21,8 +22,18 @@ from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.query_net import QueryNet
 from fewref.methods.network_config import NetworkConfig, build_network, build_tokenizer, read_config
 from fewref.methods.query_checkpoint import TIED, load_network, start_from
-from fewref.methods.query_inference import resize_short_side
+from fewref.methods.query_inference import probabilities, resize_short_side
 from fewref.methods.text import TextFeatures
+
+
+class Answer(Protocol):
+    """Mask logits float32 (T,h,w) of the chosen network queries, the network's input size (H,W), and a confidence."""
+
+    logits: Tensor
+    size: tuple[int, int]
+
+    @property
+    def confidence(self) -> float: ...
 
 
 class QueryMethod(Trainable):
@@ -76,10 +87,14 @@ class QueryMethod(Trainable):
 
     def loss(self, target: Shot, memory: Sequence[Shot]) -> Tensor:
         """The loss that the network is trained with; frames at the network's input size."""
-        batch = collate([(self.sample(target),)], self.tokenizer).to(torch.device(self.device))
+        batch = self.batch(target).to(torch.device(self.device))
         with self.autocast():
             outputs = self.outputs(batch, memory)
         return criterion(outputs, batch.targets, self._loss_weights, LossWeights())[0]
+
+    def batch(self, target: Shot) -> Batch:
+        """What the network is trained on, of one clip."""
+        return collate([(self.sample(target),)], self.tokenizer)
 
     def outputs(self, batch: Batch, memory: Sequence[Shot]) -> dict:
         """What the network answers in training."""
@@ -106,3 +121,26 @@ class QueryMethod(Trainable):
         """bf16 where the precision says so."""
         kind = torch.device(self.device).type
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
+
+
+class SentenceMethod(QueryMethod):
+    """A query method that takes nothing from a support by itself: only adaptation strategies use it."""
+
+    @abc.abstractmethod
+    def answer(self, query: Query) -> Answer:
+        """What the network says of a clip."""
+
+    def adapt(self, support: SupportSet) -> None:
+        """Nothing to take in."""
+
+    def predict(self, query: Query) -> Prediction:
+        """Masks bool (T,H,W) at the original size and at the network's; confidence of the chosen network queries."""
+        answer = self.answer(query)
+        sizes = (query.frames.shape[-2:], answer.size)
+        masks, at_input = ((probabilities(answer.logits, size) > 0.5).cpu().numpy() for size in sizes)
+        return Prediction(query.id, masks, answer.confidence, at_input)
+
+    def probabilities(self, query: Query) -> tuple[Tensor, float]:
+        """As `predict`, before the masks are cut."""
+        answer = self.answer(query)
+        return probabilities(answer.logits, query.frames.shape[-2:]), answer.confidence

@@ -24,6 +24,8 @@ METHODS: dict[str, str] = {
     "cma-self": "fewref.methods.cma.adapter:CMASelf",
     "cma-base": "fewref.methods.cma.adapter:CMABase",
     "referformer": "fewref.methods.referformer.adapter:ReferFormer",
+    "tf2": "fewref.methods.tf2.adapter:TF2",
+    "tf2-released": "fewref.methods.tf2.adapter:TF2Released",
 }
 
 

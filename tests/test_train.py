@@ -26,10 +26,10 @@ from fewref.episodes.sampler import training_pools
 from fewref.episodes.synthetic import write_synthetic
 from fewref.episodes.transforms import clip_targets
 from fewref.methods.batch import collate
-from fewref.methods.query_checkpoint import TIED
 from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.backbone import build_backbone
 from fewref.methods.layers.pixels import normalise_padded
+from fewref.methods.query_checkpoint import TIED
 from fewref.methods.text import build_text_encoder
 from fewref.splits import load_split
 
@@ -253,9 +253,9 @@ def test_episodes_are_of_one_category_and_show_the_support(index: DatasetIndex, 
     seen: list[tuple[str, str]] = []
     inner = EpisodeSource._clip
 
-    def watch(self, rng, video, expression, wanted):
+    def watch(self, video, expression, places):
         seen.append((expression.category, video))
-        return inner(self, rng, video, expression, wanted)
+        return inner(self, video, expression, places)
 
     monkeypatch.setattr(EpisodeSource, "_clip", watch)
     rounds = len(drawn.videos)

@@ -88,6 +88,14 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+def freeze_first_stage(backbone: nn.Module) -> None:
+    """Of a residual network, let only the stages from stride 8 on have gradients; other backbones are left alone."""
+    if hasattr(backbone, STAGES[-1]):
+        for name, parameter in backbone.named_parameters():
+            if not name.startswith(STAGES[1:]):
+                parameter.requires_grad_(False)
+
+
 # Parts of published classifiers that a backbone has no use for.
 CLASSIFIER_PARTS = ("fc.*", "head.*", "cls_head.*", "norm.*", "*.num_batches_tracked", "*.attn_mask")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fewref.episodes.types import Prediction, Query, SupportSet
+from fewref.episodes.types import Query
 from fewref.methods.base import MethodInfo
 from fewref.methods.layers.query_net import QueryMaps
-from fewref.methods.query_inference import ClipAnswer, answer_clip, probabilities
-from fewref.methods.query_method import QueryMethod
+from fewref.methods.query_inference import ClipAnswer, answer_clip
+from fewref.methods.query_method import SentenceMethod
 from fewref.methods.referformer.net import ReferFormerNet
 
 
-class ReferFormer(QueryMethod):
+class ReferFormer(SentenceMethod):
     """The sentence becomes the queries; the support is used by adaptation strategies alone."""
 
     info = MethodInfo(
@@ -28,24 +28,9 @@ class ReferFormer(QueryMethod):
     net_class = ReferFormerNet
     family = "referformer"
 
-    def adapt(self, support: SupportSet) -> None:
-        """Nothing to take in."""
-
-    def predict(self, query: Query) -> Prediction:
-        """Masks bool (T,H,W) at the original size and at the network's; confidence of the chosen network queries."""
-        answer = self._answer(query)
-        masks, at_input = (
-            probabilities(answer.logits, size) > 0.5 for size in (query.frames.shape[-2:], answer.size)
-        )
-        return Prediction(query.id, masks.cpu().numpy(), answer.confidence, at_input.cpu().numpy())
-
-    def probabilities(self, query: Query) -> tuple[Tensor, float]:
-        """As `predict`, before the masks are cut."""
-        answer = self._answer(query)
-        return probabilities(answer.logits, query.frames.shape[-2:]), answer.confidence
-
     @torch.inference_mode()
-    def _answer(self, query: Query) -> ClipAnswer:
+    def answer(self, query: Query) -> ClipAnswer:
+        """Mask logits of every frame, the network query chosen per window."""
         text = self.encode_text(query.text)
 
         def ask(maps: QueryMaps, sizes: Tensor) -> dict:
