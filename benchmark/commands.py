@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 
 from fewref.benchmark.inputs import (
@@ -28,21 +26,20 @@ from fewref.benchmark.protocol import get_protocol
 from fewref.benchmark.rescore import score_stored
 from fewref.benchmark.runner import RunResult, run
 from fewref.benchmark.store import MANIFEST, read_header
-from fewref.benchmark.train import provenance, train
+from fewref.benchmark.train import train
+from fewref.benchmark.training_record import base_videos, start_name, write_record
 from fewref.episodes import leakage
 from fewref.episodes.check import check_dataset
 from fewref.episodes.checksums import verify_checksums, write_checksums
-from fewref.episodes.errors import InputError, near, write_atomic
+from fewref.episodes.errors import InputError, near
 from fewref.episodes.manifest import Manifest, read_manifest, write_manifest
 from fewref.episodes.readers import DatasetIndex
-from fewref.episodes.sampler import build_manifest, episode_protocol, training_pools
+from fewref.episodes.sampler import build_manifest, episode_protocol
 from fewref.methods.adaptation.options import adapt_options
 from fewref.methods.base import Method
 from fewref.methods.registry import load_method
 from fewref.methods.shipped import find_weights
 from fewref.splits import load_split
-
-CURVE_STEPS = 50  # steps that one point of a recorded loss curve averages over
 
 
 @dataclass(frozen=True)
@@ -190,16 +187,12 @@ def train_group(
     torch.manual_seed(seed)
     parts = load_method(method).training(config, init)
     index = open_dataset(dataset, data_root)
-    (group, *more) = choose_groups(index, group)
-    if more:
-        raise InputError(f"--group: a training is of one group, such as {group}")
-    pools = training_pools(index, index.split(), group)
+    group, pools = base_videos(index, group)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     words = ["torchrun", "--nproc-per-node", str(world), "--no-python"] if world > 1 else []
     words += ["fewref", "train", "--method", method, "--dataset", dataset, "--group", group, "--config", config]
     words += ["--seed", str(seed)] + (["--steps", str(steps)] if steps else [])
-    if init:  # a file below the trainings is named by its training, since all are called alike
-        words += ["--init", init.parent.name if init.name == "weights.safetensors" else init.name]
+    words += ["--init", start_name(init)] if init else []
     command = " ".join(words)
     weights = train(
         network=parts.network,
@@ -216,29 +209,8 @@ def train_group(
         metadata={"command": command, "method": method, "config": config, "group": group},
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        record = {
-            "command": command,
-            "seed": seed,
-            "options": dict(parts.options),
-            "metadata_hash": index.metadata_hash(),
-            "base_categories": sorted(pools),
-            **provenance(),
-            **loss_curve(Path(out) / "losses.csv"),
-        }
-        write_atomic(Path(out) / "training.json", json.dumps(record, indent=1) + "\n")
+        write_record(Path(out), command=command, seed=seed, options=parts.options, index=index, pools=pools)
     return weights
-
-
-def loss_curve(path: Path) -> dict[str, Any]:
-    """From losses.csv: steps, seconds, and the mean of each term of the last layer over every `CURVE_STEPS` steps."""
-    losses = pandas.read_csv(path)
-    names = [
-        name for name in losses.columns if name == "total" or (name.startswith("loss_") and not name[-1].isdigit())
-    ]
-    blocks = losses[["step", *names]].groupby((losses.step - 1) // CURVE_STEPS)
-    means = blocks[names].mean().round(4)
-    curve = {"step": blocks["step"].max().tolist(), **{name: means[name].tolist() for name in names}}
-    return {"steps": int(losses.step.iloc[-1]), "seconds": round(float(losses.seconds.sum()), 1), "loss_curve": curve}
 
 
 def build_manifests(

@@ -9,10 +9,11 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -81,15 +82,7 @@ def train(
             model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
         log = LossLog(out / "losses.csv", done, rank, world)
         loader = batches(source, tokenizer, done, last, rank, world)
-        with tqdm(loader, total=last, initial=done, unit="step", disable=rank > 0) as bar:
-            for step, batch in bar:
-                run.step(step, model, batch.to(place), log)
-                done = step + 1
-                if done % options.log_every == 0 or done == last:
-                    bar.set_postfix(log.flush())
-                if done % options.save_every == 0 or done == last:
-                    log.flush()
-                    run.save(done)
+        done = run.loop(loader, lambda step, batch: run.step(step, model, batch.to(place), log), log, done, last)
         if rank == 0:
             run.write_weights(done, tied, metadata)
         return run.weights
@@ -125,6 +118,19 @@ class Training:
     def weights(self) -> Path:
         """Where the final weights go."""
         return self.out / "weights.safetensors"
+
+    def loop(self, samples: Iterable[tuple[int, Any]], act: Callable, log: LossLog, done: int, last: int) -> int:
+        """Call act(step, sample) for every pair, writing losses and last.pt in between; returns the steps done."""
+        with tqdm(samples, total=last, initial=done, unit="step", disable=self.rank > 0) as bar:
+            for step, sample in bar:
+                act(step, sample)
+                done = step + 1
+                if done % self.options.log_every == 0 or done == last:
+                    bar.set_postfix(log.flush())
+                if done % self.options.save_every == 0 or done == last:
+                    log.flush()
+                    self.save(done)
+        return done
 
     def step(self, step: int, model: nn.Module, batch: Batch, log: LossLog) -> None:
         """One update of the network."""

@@ -49,7 +49,7 @@ def meta_adapt(
     network of its own parameters, which shares those that do not adapt. losses: gets the loss before each step.
     Raises InputError without learn2learn and as `adapting`, AdaptationError for a loss that is not finite.
     """
-    algorithms = learn2learn(options.strategy).algorithms
+    algorithms = learn2learn(f"--adapt {options.strategy}").algorithms
     base, inner = method.network, adapting(method, options, rates)
     parameters = nn.ParameterList(inner.values())
     first_order = options.first_order or not graph
@@ -64,7 +64,7 @@ def meta_adapt(
         now = list(learner.module.parameters())
         network = _copy(base, dict(zip(inner.values(), now, strict=True)))
         for step in range(options.steps):
-            with _in_place(method, network), nullcontext() if first_order else differentiable_twice():
+            with in_place(method, network), nullcontext() if first_order else differentiable_twice():
                 loss = method.loss(*task(step))
             if losses is not None:
                 losses.append(float(loss.detach()))
@@ -82,7 +82,7 @@ def meta_adapt(
 
 def check(method: Trainable, options: AdaptOptions) -> None:
     """Raises InputError where `meta_adapt` would: no learn2learn, no rates, nothing to train."""
-    learn2learn(options.strategy)
+    learn2learn(f"--adapt {options.strategy}")
     adapting(method, options)
 
 
@@ -116,10 +116,20 @@ def inner_rates(method: Trainable, rates: Mapping[str, Tensor] | None) -> dict[s
 def fresh_rates(method: Trainable, options: AdaptOptions, task: Task) -> dict[str, nn.Parameter]:
     """Rates of `options.lr`, to be learned, for the parameters that `finetune` trains and the first loss reaches."""
     chosen = trained_parameters(method, options)
-    with torch.enable_grad(), _in_place(method, _copy(method.network, {})):
+    with torch.enable_grad(), in_place(method, _copy(method.network, {})):
         reached = torch.autograd.grad(method.loss(*task(0)), list(chosen.values()), allow_unused=True)
     named = zip(chosen.items(), reached, strict=True)
     return {name: nn.Parameter(torch.full_like(p, options.lr)) for (name, p), found in named if found is not None}
+
+
+@contextmanager
+def in_place(method: Trainable, network: nn.Module) -> Iterator[None]:
+    """Lets a method work with another network."""
+    base, method.network = method.network, network
+    try:
+        yield
+    finally:
+        method.network = base
 
 
 def rates_path(weights: Path) -> Path:
@@ -132,15 +142,15 @@ def save_rates(weights: Path, rates: Mapping[str, Tensor]) -> None:
     save_checkpoint(rates_path(weights), rates, {"rates_of": weights.name}, torch.float32)
 
 
-def learn2learn(strategy: str) -> ModuleType:
-    """The library, imported without its warnings and prints. Raises InputError where it is not installed."""
+def learn2learn(option: str) -> ModuleType:
+    """The library, imported without its warnings and prints. Raises InputError, naming what needs it, without it."""
     try:
         with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             import learn2learn
     except ImportError as error:
         raise InputError(
-            f"{strategy} needs learn2learn 0.2.0, which cannot be imported ({error}); install it with `make setup-meta`"
+            f"{option} needs learn2learn 0.2.0, which cannot be imported ({error}); install it with `make setup-meta`"
         ) from None
     return learn2learn
 
@@ -154,16 +164,6 @@ def _copy(network: nn.Module, tensors: Mapping[nn.Parameter, Tensor]) -> nn.Modu
     own = copy.deepcopy(network, taken).eval()
     own.training = True
     return own
-
-
-@contextmanager
-def _in_place(method: Trainable, network: nn.Module) -> Iterator[None]:
-    """Lets a method work with another network."""
-    base, method.network = method.network, network
-    try:
-        yield
-    finally:
-        method.network = base
 
 
 def _replace(network: nn.Module, old: Sequence[Tensor], new: list[Tensor]) -> list[Tensor]:
