@@ -71,10 +71,11 @@ def check_criterion(case: dict, arrays: Arrays, folder: Path) -> None:
 
 
 def check_train_step(case: dict, arrays: Arrays, folder: Path) -> None:
-    net, expect, targets = build_net(case, folder), Expect(case, arrays), clip_targets(arrays)
+    net, expect, targets = build_net(case), Expect(case, arrays), clip_targets(arrays)
+    sizes = torch.stack([torch.from_numpy(arrays[f"tgt{clip}_size"]) for clip in range(len(targets))])
     net.training = True  # of the network alone: its parts stay in eval mode, that is without dropout
     try:
-        outputs = forward(net, case, arrays, torch.stack([torch.from_numpy(arrays[f"tgt{i}_size"]) for i in range(2)]))
+        outputs = forward(net, case, arrays, sizes)
         total, terms = criterion(outputs, targets, classify_valid=True)
         total.backward()
         gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}

@@ -18,7 +18,6 @@ from parity_referformer_modules import Arrays, Check, inputs, sub_samples, with_
 from torch import Tensor, nn
 
 from fewref.benchmark.davis import BACKGROUND_SCORE, refdavis_merge
-from fewref.episodes.errors import read_json
 from fewref.methods.layers.backbone import build_backbone
 from fewref.methods.layers.pixels import normalise
 from fewref.methods.query_inference import answer_clip, probabilities, resize, resize_short_side, select_query
@@ -26,36 +25,33 @@ from fewref.methods.referformer.net import ReferFormerNet, annotated_frames
 from fewref.methods.referformer.postprocess import frame_answers, ranked_answers
 from fewref.methods.text import build_text_encoder
 
-ANNOTATORS = 4
-NAMES = {
-    "num_classes": "classes",
-    "num_queries": "queries",
-    "enc_layers": "encoder_layers",
-    "dec_layers": "decoder_layers",
-    "dim_feedforward": "ffn",
-    "hidden_dim": "hidden",
-    "nheads": "heads",
-    "mask_dim": "mask_dim",
-    "controller_layers": "mask_layers",
-    "dynamic_mask_channels": "mask_channels",
-    "with_box_refine": "refined",
-    "rel_coord": "coordinates",
+# Upstream's options: the name of ours, and the value in cases that speak of defaults.
+OPTIONS = {
+    "num_classes": ("classes", 1),
+    "num_queries": ("queries", 5),
+    "enc_layers": ("encoder_layers", 4),
+    "dec_layers": ("decoder_layers", 4),
+    "dim_feedforward": ("ffn", 2048),
+    "hidden_dim": ("hidden", 256),
+    "nheads": ("heads", 8),
+    "mask_dim": ("mask_dim", 256),
+    "controller_layers": ("mask_layers", 3),
+    "dynamic_mask_channels": ("mask_channels", 8),
+    "with_box_refine": ("refined", True),
+    "rel_coord": ("coordinates", True),
 }
-WITHOUT_COUNTERPART = ("binary", "num_feature_levels", "size_divisibility", "model_input_shape", "defaults", "others")
+DEFAULTS = {"backbone": "resnet50", **{name: default for name, (_, default) in OPTIONS.items()}}
+WITHOUT_COUNTERPART = ("binary", "size_divisibility", "model_input_shape", "defaults", "others")
 
 
-def build_net(case: dict, folder: Path) -> ReferFormerNet:
+def build_net(case: dict) -> ReferFormerNet:
     """The network that a case describes, filled by name, in eval mode; shared between cases."""
-    options = dict(case["constructor"])
-    if options.get("defaults") or "others" in options:
-        cases = read_json(folder / "cases.json")["cases"]
-        options = {**next(c for c in cases if c["file"] == "whole_padded.npz")["constructor"], **options}
-    assert options["num_feature_levels"] == 4
-    assert not options["binary"] or options["num_classes"] == 1
+    options = {**DEFAULTS, **case["constructor"]}
+    assert options.pop("num_feature_levels", 4) == 4
     for name in WITHOUT_COUNTERPART:
         options.pop(name, None)
     backbone, text = options.pop("backbone"), json.dumps(options.pop("roberta"))
-    return _build_net(backbone, text, json.dumps({NAMES[name]: value for name, value in options.items()}))
+    return _build_net(backbone, text, json.dumps({OPTIONS[name][0]: value for name, value in options.items()}))
 
 
 @functools.lru_cache(maxsize=1)
@@ -91,7 +87,7 @@ def forward(net: ReferFormerNet, case: dict, arrays: Arrays, sizes: Tensor) -> d
 
 @torch.no_grad()
 def check_whole(case: dict, arrays: Arrays, folder: Path) -> None:
-    net, seen, expect = build_net(case, folder), {}, Expect(case, arrays)
+    net, seen, expect = build_net(case), {}, Expect(case, arrays)
     hooks = [
         net.backbone[0].body.register_forward_hook(lambda _, args, output: seen.update(maps=output)),
         net.transformer.register_forward_pre_hook(lambda _, args: seen.update(src=args[0])),
@@ -122,7 +118,7 @@ def check_whole(case: dict, arrays: Arrays, folder: Path) -> None:
 
 @torch.no_grad()
 def check_pipeline(case: dict, arrays: Arrays, folder: Path) -> None:
-    net, expect, outputs = build_net(case, folder), Expect(case, arrays), []
+    net, expect, outputs = build_net(case), Expect(case, arrays), []
     t, _, height, width = case["constructor"]["model_input_shape"]
     ids = torch.from_numpy(arrays["input_ids"])
     text = net.encode_text(ids, torch.ones_like(ids))
@@ -182,7 +178,8 @@ def check_post_davis(case: dict, arrays: Arrays, folder: Path) -> None:
         net = Recorded(torch.from_numpy(logits), masks)
         answer = answer_clip(net, frames, net.ask, chunk=case["constructor"]["clip_len"], short_side=min(size))
         at_size.append(resize(answer.logits, size).numpy())
-    merged = [refdavis_merge(np.stack(at_size[annotator::ANNOTATORS])) for annotator in range(ANNOTATORS)]
+    count = len(arrays["index_maps"])
+    merged = [refdavis_merge(np.stack(at_size[annotator::count])) for annotator in range(count)]
     with_slack(expect, "index_maps", np.stack(merged))
     expect.finish()
 
