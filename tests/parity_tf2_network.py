@@ -39,8 +39,7 @@ def build_net(case: dict) -> TF2Net:
 
 @functools.lru_cache(maxsize=1)
 def _build_net(text: str) -> TF2Net:
-    backbone = build_backbone("resnet50")
-    net = TF2Net(backbone=backbone, text_encoder=build_text_encoder(json.loads(text)), freeze_backbone=False)
+    net = TF2Net(backbone=build_backbone("resnet50"), text_encoder=build_text_encoder(json.loads(text)))
     return fill_by_name(net).eval()
 
 
@@ -120,7 +119,7 @@ def check_whole(case: dict, arrays: Arrays, folder: Path) -> None:
 
 
 def target(arrays: Arrays, clip: int) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(arrays[f"tgt{clip}_{name}"]) for name in ("boxes", "masks", "valid")}
+    return {name: torch.from_numpy(arrays[f"tgt{clip}_{name}"]) for name in ("boxes", "masks", "valid", "labels")}
 
 
 def order(case: dict, name: str) -> list[str]:
@@ -184,7 +183,7 @@ def check_tracking_model(case: dict, arrays: Arrays, folder: Path) -> None:
     net, expect, outputs, trace = build_net(case), Expect(case, arrays), [], []
     frames, key = arrays["frames"].transpose(0, 3, 1, 2), int(arrays["key"])
     ids = torch.from_numpy(arrays["input_ids"])
-    text = net.encode_text(ids, torch.ones_like(ids))
+    text = net.encode_text(ids, torch.from_numpy(arrays.get("attention_mask", np.ones_like(ids))))
     resized = resize_short_side(frames, SHORT_SIDE)
     streams = {
         frame: inference.encode(net, resized[[frame]], text) for frame, _ in schedule(len(frames), key, "released")
@@ -207,7 +206,7 @@ def check_tracking_model(case: dict, arrays: Arrays, folder: Path) -> None:
         found = track(frames, given_masks(arrays["init"], key), key, tracker, "released")
     finally:
         del net.decode
-    expect("trace", trace)
+    expect("trace", np.array(trace, int).reshape(-1, 2))
     expect("pred_logits", torch.cat([output["pred_logits"][:, 0] for output in outputs]))
     expect("pred_boxes", torch.cat([output["pred_boxes"][:, 0] for output in outputs]))
     count = arrays["pred_masks_probe"].shape[1]

@@ -57,7 +57,6 @@ def check_decoder_layer(case: dict, arrays: Arrays, folder: Path) -> None:
 @torch.no_grad()
 def check_transformer(case: dict, arrays: Arrays, folder: Path) -> None:
     given, expect, told = tensors(arrays), Expect(case, arrays), case["constructor"]
-    assert told["refine"], "without refinement there are no boxes to compare"
     levels = told["num_feature_levels"]
     transformer = DeformableTransformer(
         channels=told["d_model"],
@@ -67,6 +66,7 @@ def check_transformer(case: dict, arrays: Arrays, folder: Path) -> None:
         ffn=told["dim_feedforward"],
         levels=levels,
         use_dab=False,
+        refined=told["refine"],
     )
     fill_by_name(transformer).eval()
     current, earlier = (
@@ -91,7 +91,8 @@ def check_pairing(case: dict, arrays: Arrays, folder: Path) -> None:
         rows.append([length, centre, seed, *indices, *neighbours(indices, length)])
     expect("rows", rows)
     told = int(re.search(r"referred object is (\d+)", case["arrays"]["example_masks"]["meaning"]).group(1))
-    before = rows[0][3 + count :]
+    row = int(re.search(r"of row (\d+)", case["arrays"]["example_pre"]["meaning"]).group(1))
+    before = rows[row][3 + count :]
     shown = keep_object(arrays["example_frames"].transpose(0, 3, 1, 2)[before], arrays["example_masks"][before] == told)
     expect("example_pre", shown.transpose(0, 2, 3, 1))
     expect.finish()

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from fewref.benchmark.recipe import read_options
+from fewref.benchmark.train_data import EpisodeSource, PixelCache, batches, group_videos
+from fewref.episodes import transforms
 from fewref.episodes.errors import InputError
+from fewref.episodes.readers import read_frame, read_index, read_masks
+from fewref.episodes.sampler import training_pools
+from fewref.episodes.synthetic import write_synthetic
 from fewref.methods.base import UNTRAINED
 from fewref.methods.check import check_method, make_case
 from fewref.methods.cma.adapter import CMA
+from fewref.methods.network_config import read_config
 from fewref.methods.query_inference import resize_short_side
 from fewref.methods.referformer.adapter import ReferFormer
 from fewref.methods.tf2 import inference
@@ -17,6 +24,7 @@ from fewref.methods.tf2.adapter import TF2, TF2Released
 from fewref.methods.tf2.pairing import keep_object, neighbours
 from fewref.methods.tf2.tracking import MODES, given_frames, key_frame, schedule, track
 from fewref.methods.weights import save_checkpoint
+from fewref.splits import load_split
 
 SIZE = (48, 64)
 
@@ -171,6 +179,81 @@ def test_loss_of_a_support_clip_uses_its_neighbours(method):
     single = replace(shot, frames=shot.frames[:1], masks=shot.masks[:1])
     own = resize_short_side(single.frames * single.masks[:, None].astype(np.uint8), method.short_side)
     np.testing.assert_array_equal(method.batch(single).tracking[0, :, :, : size[0], : size[1]], own)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> EpisodeSource:
+    root = tmp_path_factory.mktemp("data") / "set"
+    write_synthetic(root, videos_per_category=2, layouts=("youtube",), workers=1)
+    index = read_index("builtin", root)
+    options = {"batch": 2, "clip_frames": 3, "support_frames": 0, "augment": "none", "tracking": 1.0}
+    videos = group_videos(training_pools(index, load_split("builtin"), "1"))
+    return EpisodeSource(PixelCache(index, 1 << 28), videos, read_options(options), 0)
+
+
+def test_training_clips_come_with_the_object_of_their_neighbours(source, monkeypatch):
+    shown = []
+    inner = EpisodeSource._clip
+    monkeypatch.setattr(EpisodeSource, "_clip", lambda self, *told: shown.append(told) or inner(self, *told))
+    for step in range(4):
+        shown.clear()
+        clip, tracking = source.episode(step, 0)
+        (video, expression, places), (again, same, before) = shown
+        assert (again, same) == (video, expression)
+        names = source.cache.index.videos[video].frames
+        for place, other, image in zip(places, before, tracking.frames, strict=True):
+            assert abs(place - other) == 1
+            mask = read_masks(source.cache.index, video, [names[other]], expression.objects)[0]
+            frame = read_frame(source.cache.index, video, names[other])
+            np.testing.assert_array_equal(image, np.where(mask[..., None], frame, 0))
+        assert not np.array_equal(clip.frames, tracking.frames)
+
+
+def test_tracking_images_are_augmented_on_their_own(source, monkeypatch):
+    """The clip is drawn as without them; over some episodes one stream is flipped and the other is not."""
+    tiny = replace(source, options=replace(source.options, augment="tiny"))
+    flips = []
+    monkeypatch.setattr(transforms, "flip", lambda sample, *told: flips.append(len(sample.frames)) or sample)
+    counts = set()
+    for step in range(8):
+        flips.clear()
+        clip, _ = tiny.episode(step, 1)
+        counts.add(len(flips))
+        plain = replace(tiny, options=replace(tiny.options, tracking=0.0)).episode(step, 1)
+        assert len(plain) == 1
+        np.testing.assert_array_equal(plain[0].frames, clip.frames)
+    assert 1 in counts
+
+
+def test_a_share_of_the_steps_has_tracking_images(source, method):
+    half = replace(source, options=replace(source.options, tracking=0.5))
+    seen = [batch for _, batch in batches(half, method.tokenizer, 0, 8)]
+    assert [batch.tracking is not None for batch in seen] == [half.tracks(step) for step in range(8)]
+    assert {batch.tracking is None for batch in seen} == {True, False}
+    tracked = next(batch for batch in seen if batch.tracking is not None)
+    assert tracked.tracking.dtype == torch.uint8
+    assert tracked.tracking.shape[:3] == (2, 3, 3)
+    plain = replace(tracked, tracking=None, tracking_padding=None)
+    with torch.no_grad():
+        with_images, without = (method.network.episode(batch)["pred_masks"] for batch in (tracked, plain))
+    assert not torch.allclose(with_images, without, atol=1e-3)
+
+
+def test_the_paper_configuration_has_the_parameters_of_referformer():
+    with torch.device("meta"):
+        network = TF2.build(read_config("tf2", "paper"))
+        other = ReferFormer.build(read_config("referformer", "paper"))
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in other.state_dict().items()}
+    sizes = {name: p.numel() * (1 + 1j * p.requires_grad) for name, p in network.named_parameters()}
+    rest = sum(size for name, size in sizes.items() if not name.startswith("text_encoder."))
+    assert rest == 51_616_575 + 51_394_175j
+
+
+def test_half_precision_is_close(method):
+    case = case_of(4)
+    half = TF2(weights=UNTRAINED, window=3, precision="bf16")
+    assert half.predict(case.query).confidence == pytest.approx(method.predict(case.query).confidence, abs=0.02)
 
 
 def test_checkpoints(tmp_path):

@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewref.methods.batch import Batch
+from fewref.methods.layers.backbone import freeze_first_stage
 from fewref.methods.layers.pixels import normalise_padded
 from fewref.methods.layers.query_net import QueryMaps, QueryNet
 from fewref.methods.text import TextFeatures
-
-TRAINED_STAGES = r"layer[234]\."  # of a ResNet; its stem and first stage keep their pretrained weights
 
 
 class ReferFormerNet(QueryNet):
@@ -25,11 +23,8 @@ class ReferFormerNet(QueryNet):
 
     def __init__(self, *, freeze_stem: bool = True, freeze_backbone: bool = False, **parts: Any) -> None:
         super().__init__(use_dab=False, freeze_backbone=freeze_backbone, **parts)
-        body = self.backbone[0].body
-        if freeze_stem and hasattr(body, "layer4"):
-            for name, parameter in body.named_parameters():
-                if not re.match(TRAINED_STAGES, name):
-                    parameter.requires_grad_(False)
+        if freeze_stem:
+            freeze_first_stage(self.backbone[0].body)
 
     def forward(
         self,
