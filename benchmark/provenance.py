@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import platform
@@ -19,10 +20,15 @@ import fewref
 from fewref.episodes.manifest import Manifest
 from fewref.episodes.types import canonical_json
 from fewref.kernels.dispatch import backend_in_use
+from fewref.methods.adaptation.adapted import Adapted
+from fewref.methods.adaptation.meta import rates_path
+from fewref.methods.adaptation.options import AdaptOptions
 from fewref.methods.base import UNTRAINED, Method
 from fewref.methods.weights import sha256
 
 LIBRARIES = ("torch", "torchvision", "transformers", "timm", "numpy", "scipy", "pillow", "pycocotools")
+PEAK_CUDA = "torch.cuda.max_memory_allocated of the query and its episode's adapt"
+PEAK_CPU = "ru_maxrss of the process so far"
 
 
 def header(
@@ -37,11 +43,13 @@ def header(
 ) -> dict[str, Any]:
     """A run's header as plain JSON values.
 
-    run: first 12 hex digits of the SHA-256 of `defines`. defines: what the rows depend on; a run is only taken up if
-    all of it is equal. environment: what should not matter (machine, versions, command), see `environment`.
-    extras: further defining values of the caller. Raises InputError where the checkpoint cannot be read.
+    run: see `run_id`. defines: what the rows depend on; a run is only taken up if all of it is equal. Its `adaptation`
+    holds the `AdaptOptions`, None without a strategy. adapted_weights: names of the weights that a strategy may change.
+    environment: what should not matter (machine, versions, command), see `environment`. extras: further defining values
+    of the caller. Raises InputError where the checkpoint cannot be read.
     """
-    cls = type(method)
+    adapted = method if isinstance(method, Adapted) else None
+    cls = type(adapted.method if adapted else method)
     defines = {
         "version": fewref.__version__,
         "method": method_name,
@@ -63,9 +71,25 @@ def header(
         "text": text,
         "support": support,
         "extras": dict(extras or {}),
+        "adaptation": plain(adapted.options) if adapted else None,
     }
-    run = hashlib.sha256(canonical_json(defines).encode()).hexdigest()[:12]
-    return {"format": 1, "run": run, "defines": defines, "environment": environment(method.device)}
+    if adapted and adapted.strategy == "meta-sgd":
+        defines["rates_sha256"] = sha256(rates_path(Path(method.weights)))
+    made = {"format": 1, "run": run_id(defines), "defines": defines, "environment": environment(method.device)}
+    return made | ({"adapted_weights": list(adapted.names)} if adapted else {})
+
+
+def run_id(defines: dict[str, Any]) -> str:
+    """First 12 hex digits of the SHA-256 of `defines`; no adaptation counts as an absent one, so that runs from before
+    there was any keep their id."""
+    known = {name: value for name, value in defines.items() if name != "adaptation" or value is not None}
+    return hashlib.sha256(canonical_json(known).encode()).hexdigest()[:12]
+
+
+def plain(options: AdaptOptions) -> dict[str, Any]:
+    """Options as JSON values."""
+    values = dataclasses.asdict(options)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def checkpoint_sha256(method: Method) -> str | None:
@@ -87,7 +111,7 @@ def environment(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "kernels": backend_in_use(),
-        "peak_memory": "torch.cuda.max_memory_allocated of the query" if on_cuda else "ru_maxrss of the process so far",
+        "peak_memory": PEAK_CUDA if on_cuda else PEAK_CPU,
         "command": sys.argv,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,16 @@ import numpy as np
 import pandas as pd
 
 from fewref.benchmark.scoring import get_scoring
-from fewref.benchmark.store import MANIFEST, Row, read_header, read_rows
+from fewref.benchmark.store import COSTS, MANIFEST, Row, read_header, read_rows
 from fewref.episodes.errors import InputError
 from fewref.episodes.manifest import read_manifest
 from fewref.episodes.types import canonical_json
+from fewref.methods.adaptation.options import TRANSDUCTIVE, AdaptOptions
 
 SECTION = ["dataset", "episodes", "scoring"]
 KEY = ["group", "category", "seed", "episode", "query"]
 SETTINGS = ("config", "precision", "run_window", "method_seed")
+ADAPTED = tuple(f"set_{field.name}" for field in dataclasses.fields(AdaptOptions) if field.name != "strategy")
 LAST_RESORT = ("extras", "device", "version", "checkpoint")
 
 
@@ -60,8 +63,9 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 def run_columns(folder: Path) -> dict[str, Any]:
     """What a table says of a run beside its rows: identity, settings and provenance, from header and manifest.
 
-    asked: queries in its manifest; run_notes: remarks of the manifest, joined. Raises InputError for a folder without a
-    run, or a header that is damaged or of another manifest.
+    adaptation: strategy, "none" too; set_<option>: its `AdaptOptions` as JSON, "" without; transductive: whether it saw
+    the query's frames while it adapted. asked: queries in its manifest; run_notes: remarks of the manifest, joined.
+    Raises InputError for a folder without a run, or a header that is damaged or of another manifest.
     """
     header, manifest = read_header(folder), read_manifest(Path(folder) / MANIFEST)
     try:
@@ -77,6 +81,7 @@ def run_columns(folder: Path) -> dict[str, Any]:
             "checkpoint": (defines["checkpoint_sha256"] or "")[:12],
             "manifest": defines["manifest_hash"],
             "episodes": describe_episodes(defines["episodes"]),
+            **adaptation_columns(defines.get("adaptation") or {}),
             "rescored_from": defines.get("rescored_from", ""),
             "git": git["sha"][:12] + (" modified" if git["dirty"] else "") if git else "",
             "torch": environment["libraries"]["torch"] or "",
@@ -90,6 +95,14 @@ def run_columns(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: {MANIFEST} is not the one of its header; restore it or run it again")
     asked = sum(len(episode.queries) for episode in manifest.episodes)
     return columns | {"asked": asked, "run_notes": "; ".join(manifest.notes)}
+
+
+def adaptation_columns(options: dict[str, Any]) -> dict[str, Any]:
+    """The columns of a header's `adaptation`; {} for none."""
+    strategy = options.get("strategy", "none")
+    values = {name: options.get(name.removeprefix("set_")) for name in ADAPTED}
+    settings = {name: "" if value is None else canonical_json(value) for name, value in values.items()}
+    return {"adaptation": strategy, "transductive": strategy in TRANSDUCTIVE, **settings}
 
 
 def describe_episodes(protocol: dict[str, Any]) -> str:
@@ -115,7 +128,7 @@ def _load_run(folder: Path, name: str, scoring: str | None, partial: bool) -> pd
 
 def _line(row: Row, scoring: str, folder: Path) -> dict[str, Any]:
     names = ("episode", "group", "category", "seed", "query", "video", "method", "status", "frames", "window")
-    line = {name: getattr(row, name) for name in (*names, "seconds_adapt", "seconds_predict", "peak_bytes")}
+    line = {name: getattr(row, name) for name in (*names, *COSTS, "adapt_steps", "adapt_trained")}
     line |= {"scoring": scoring, "j": 0.0, "f": 0.0, "inter": np.nan, "union": np.nan, "resized": False}
     if row.status == "ok":
         if scoring not in row.scores:
@@ -140,16 +153,19 @@ def check_same_questions(runs: pd.DataFrame) -> None:
 def name_entries(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs, one line per folder and scoring protocol, with `base`, `ablation` and `entry`.
 
-    Settings appear in `base` only where a method's runs differ in them. Where two runs of one group are left alike,
-    extras, device, version and, for a single group, the checkpoint tell them apart. Raises InputError if nothing does.
+    `base` is the method with its adaptation, "cma + finetune"; settings appear in it only where runs differ in them.
+    Where two runs of one group are left alike, extras, device, version and, for a single group, the checkpoint tell
+    them apart. Raises InputError if nothing does.
     """
     runs = runs.reset_index(drop=True)
     modes = runs[["text", "support"]].to_dict("records")
     changed = [", ".join(f"{name} {mode}" for name, mode in run.items() if mode != "right") for run in modes]
-    runs = runs.assign(base=runs["method"], ablation=changed)
-    for lines in _groups(runs, [*SECTION, "method"]):
-        for name in SETTINGS:
-            _tell_apart(runs, lines, name)
+    strategies = runs["adaptation"].map(lambda name: "" if name == "none" else f" + {name}")
+    runs = runs.assign(base=runs["method"] + strategies, ablation=changed)
+    for columns, settings in (([], SETTINGS), (["adaptation"], ADAPTED)):
+        for lines in _groups(runs, [*SECTION, "method", *columns]):
+            for name in settings:
+                _tell_apart(runs, lines, name)
     for lines in _groups(runs, [*SECTION, "base"]):
         same = runs.loc[lines].duplicated(["ablation", "group"], keep=False)
         for name in LAST_RESORT:
@@ -173,6 +189,6 @@ def _groups(runs: pd.DataFrame, columns: list[str]) -> list[pd.Index]:
 def _tell_apart(runs: pd.DataFrame, lines: pd.Index, name: str) -> None:
     """Add the value of column `name` to the `base` of these lines where it is not the same in all."""
     if runs.loc[lines, name].nunique() > 1:
-        called = name.removeprefix("run_").removeprefix("method_")
+        called = name.removeprefix("run_").removeprefix("method_").removeprefix("set_")
         values = [f"{base}, {called} {value or 'none'}" for base, value in runs.loc[lines, ["base", name]].to_numpy()]
         runs.loc[lines, "base"] = values

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import random
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from fewref.episodes.load import load_query, load_support, load_truth, prefetch
 from fewref.episodes.manifest import Manifest, check_matches
 from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.types import Episode, Prediction, Query, SupportSet, Target
+from fewref.methods.adaptation.adapted import AdaptationRecord, Adapted
+from fewref.methods.adaptation.restore import seed_generators
 from fewref.methods.base import Method
 from fewref.methods.check import prediction_fault
 
@@ -53,13 +54,14 @@ class RunResult:
 
 @dataclass(frozen=True)
 class Task:
-    """One query with its episode; `begins`: the first of its episode that is still to be asked."""
+    """One query with its episode; `begins`, `ends`: the first and the last of its episode that is still to be asked."""
 
     episode_id: str
     episode: Episode
     query: Query
     target: Target
     begins: bool = False
+    ends: bool = False
 
     @property
     def key(self) -> Key:
@@ -126,11 +128,12 @@ def run(
         return Loaded(task, load_query(index, query), chosen, load_truth(index, task.query, task.target))
 
     with RunFolder(out, header, manifest, [task.key for task in tasks], shard) as store, open_pool(workers) as pool:
-        todo = mark_beginnings([task for task in tasks if task.key not in store.rows])
+        todo = mark_borders([task for task in tasks if task.key not in store.rows])
         done = len(tasks) - len(todo)
         bar = tqdm(total=len(tasks), initial=done, desc=method_name, unit="query", disable=not progress)
         asker = Asker(method, method_name, header["run"])
-        with bar:
+        with bar, ExitStack() as stack:
+            stack.callback(method.forget)
             jobs = ask_all(asker, prefetch(todo, load), scoring, pool)
             for row, judged in settle(jobs, depth=2 * workers):
                 if judged is None:
@@ -169,10 +172,11 @@ def tasks_of(manifest: Manifest, shard: tuple[int, int] = (0, 1)) -> list[Task]:
     return list(tasks.values())
 
 
-def mark_beginnings(tasks: Sequence[Task]) -> list[Task]:
-    """The tasks, with `begins` set where the episode is not that of the task before."""
-    before = [None, *(task.episode_id for task in tasks)]
-    return [replace(task, begins=task.episode_id != last) for task, last in zip(tasks, before, strict=False)]
+def mark_borders(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks, with `begins` and `ends` set where the episode is not that of the task before, or behind."""
+    names = [None, *(task.episode_id for task in tasks), None]
+    sides = zip(tasks, names, names[2:], strict=False)
+    return [replace(task, begins=task.episode_id != last, ends=task.episode_id != after) for task, last, after in sides]
 
 
 def ask_all(asker: Asker, loaded: Iterator[Loaded], scoring: list[str], pool: Executor) -> Iterator[tuple[Row, Future]]:
@@ -197,7 +201,7 @@ class Attempt:
 
 
 class Asker:
-    """Asks a method one query after the other; adapts it where an episode begins."""
+    """Asks a method one query after the other; adapts it where an episode begins, and lets it forget at its end."""
 
     def __init__(self, method: Method, method_name: str, run_id: str) -> None:
         self.method, self.method_name, self.run_id = method, method_name, run_id
@@ -206,6 +210,14 @@ class Asker:
 
     def ask(self, item: Loaded) -> tuple[Row, Prediction | None]:
         """The query's row without scores, and the prediction; None in its place if the query failed."""
+        try:
+            return self._ask(item)
+        finally:
+            self.method.window = self.window
+            if item.task.ends:
+                self.method.forget()
+
+    def _ask(self, item: Loaded) -> tuple[Row, Prediction | None]:
         task, method = item.task, self.method
         if item.support is not None:
             self.adapted = self._attempt(f"adapt/{task.episode_id}", lambda: method.adapt(item.support))
@@ -220,6 +232,9 @@ class Asker:
             answer = self._attempt(f"predict/{task.episode_id}/{task.query.id}", predict)
         error = answer.error or prediction_fault(answer.result, item.query)
         prediction = None if error else answer.result
+        record, late = AdaptationRecord(), 0.0
+        if isinstance(method, Adapted):
+            record, late = method.record, method.record.seconds if method.transductive and prediction else 0.0
         row = Row(
             run=self.run_id,
             episode=task.episode_id,
@@ -234,11 +249,12 @@ class Asker:
             frames=len(task.query.clip.frames),
             window=method.window,
             confidence=float(prediction.confidence) if prediction else 0.0,
-            seconds_adapt=self.adapted.seconds,
-            seconds_predict=answer.seconds,
-            peak_bytes=answer.peak_bytes,
+            seconds_adapt=self.adapted.seconds + late,
+            seconds_predict=answer.seconds - late,
+            peak_bytes=max(self.adapted.peak_bytes, answer.peak_bytes),
+            adapt_steps=record.steps,
+            adapt_trained=record.trained,
         )
-        method.window = self.window
         return row, prediction
 
     def _attempt(self, key: str, call: Callable[[], Any]) -> Attempt:
@@ -282,14 +298,6 @@ def describe(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
     message = " ".join(f"{type(error).__name__}: {error}".split())
     return f"{message} ({Path(place.filename).name}:{place.lineno})"
-
-
-def seed_generators(key: str) -> None:
-    """Seed the global generators of Python, NumPy and PyTorch by the SHA-256 of a string."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _on_cuda(device: str) -> bool:

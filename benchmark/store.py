@@ -40,7 +40,9 @@ class Row:
     scores: scoring protocol -> {"j", "f": one number in [0,1] per frame, "size": [H,W] scored at, "radius" of F,
     "resized", "inter", "union": see `QueryScore`}; empty if failed. frames: of the query. window: frames seen at
     once, smaller than the run's after out-of-memory. seconds_adapt: of the episode's `adapt`, the same in all its rows;
-    both seconds without decoding and scoring. peak_bytes: see the header's `peak_memory`.
+    both seconds without decoding and scoring. Where a strategy adapts to the query itself, its time counts as
+    seconds_adapt of that row. peak_bytes: see the header's `peak_memory`. adapt_steps, adapt_trained: gradient steps of
+    the adaptation that the answer is from, and how many weights they changed.
     """
 
     run: str
@@ -60,6 +62,8 @@ class Row:
     seconds_adapt: float = 0.0
     seconds_predict: float = 0.0
     peak_bytes: int = 0
+    adapt_steps: int = 0
+    adapt_trained: int = 0
 
     @property
     def key(self) -> Key:

@@ -183,6 +183,13 @@ def test_labels_that_agree_end_it(monkeypatch):
     assert (adapted.record.steps, adapted.record.stop) == (2, "round 1: the labels agree")
 
 
+def test_a_single_step_is_taken():
+    adapted = wrap(Toy(), options(rounds=3, steps=1))
+    adapted.adapt(support_of(0))
+    adapted.predict(query_of(5))
+    assert adapted.record.steps == 1
+
+
 def test_a_collapse_undoes_its_round(monkeypatch):
     spy(monkeypatch, collapsed=lambda *_: True)
     method, plain = Toy(), Toy()

@@ -73,7 +73,7 @@ def self_train(
     for number in range(options.rounds):
         before = teacher.copy()
         clips = pseudo_clips(method, query, label, support, options.confident)
-        last = options.steps * (number + 1) // options.rounds
+        last = math.ceil(options.steps * (number + 1) / options.rounds)
         open_for_training(method.network, parameters)
         with torch.enable_grad():
             for step in range(len(descent.losses), last):
