@@ -91,16 +91,14 @@ def _demo(commands) -> None:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs, tables and picture")
     demo.add_argument("--draws", type=int, default=1, help="support draws asked, of five (default %(default)s)")
     demo.add_argument("--queries", type=int, help="asked per episode, evenly spaced (default all; leaderboard 8)")
-    words = "all methods that have checkpoints, with and without adaptation, and all ablations"
-    demo.add_argument("--leaderboard", action="store_true", help=words)
+    demo.add_argument("--leaderboard", action="store_true", help="every method and adaptation that is shipped")
     demo.add_argument("--retrain", action="store_true", help="train the shipped checkpoints again first (hours)")
 
 
 def _dataset_options(parser: Parser, group: str = "all") -> None:
     parser.add_argument("--dataset", default="builtin", help="name of a dataset, see `list` (default %(default)s)")
     parser.add_argument("--data-root", type=Path, help="its folder; the built-in data are written where absent")
-    words = "group (fold) 1..4, some joined by commas, or all (%(default)s)"
-    parser.add_argument("--group", "--groups", default=group, help=words)
+    parser.add_argument("--group", "--groups", default=group, help="1..4, joined by commas, or all (%(default)s)")
 
 
 def _episode_options(parser: Parser, shots: dict | None = None) -> None:
@@ -120,7 +118,7 @@ def _changes(options: argparse.Namespace) -> dict[str, int]:
 
 def _run(commands) -> None:
     run = _command(commands, "run", call_run, "ask methods every query; start again to go on")
-    words = "name, see `list`, or package.module:Class; some joined by commas; or all (controls too)"
+    words = "names, see `list`, joined by commas; package.module:Class; or all"
     run.add_argument("--method", "--methods", required=True, type=_names, help=words)
     _dataset_options(run)
     numbers = {"type": _numbers, "default": (None,)}
@@ -128,12 +126,10 @@ def _run(commands) -> None:
     run.add_argument("--manifest", type=Path, help="ask the episodes of this file")
     run.add_argument("--draws", type=int, help="ask only the first support draws")
     run.add_argument("--queries", type=int, help="ask that many queries per episode, evenly spaced over its list")
-    words = "adaptation strategy, see `list`; some joined by commas (default none)"
-    run.add_argument("--adapt", type=_names, default=("none",), help=words)
+    run.add_argument("--adapt", type=_names, default=("none",), help="strategy, see `list`; joined by commas (none)")
     run.add_argument("--adapt-steps", **numbers, help="its gradient steps; several numbers joined by commas")
     run.add_argument("--adapt-lr", type=float, help="its learning rate")
-    words = "any setting of it, in JSON, such as augment=false; may be repeated"
-    run.add_argument("--adapt-option", action="append", default=[], metavar="NAME=VALUE", help=words)
+    run.add_argument("--adapt-option", action="append", default=[], metavar="NAME=VALUE", help="such as augment=false")
     run.add_argument("--jobs", type=int, help="processes, for several runs (default: one per core; one on a GPU)")
     run.add_argument("--scoring", action="append", default=[], help="scoring protocol in place of the protocol's own")
     run.add_argument("--weights", help="checkpoint file, name of a shipped one, or untrained")
@@ -177,6 +173,10 @@ def _train(commands) -> None:
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; torchrun uses all")
     train.add_argument("--no-resume", action="store_true", help="begin anew although the folder holds a training")
+    train.add_argument("--meta", help="maml, anil or meta-sgd: learn weights to adapt from, in one process")
+    train.add_argument("--inner-steps", type=int, help="gradient steps on the support (default: the configuration's)")
+    train.add_argument("--inner-lr", type=float, help="their learning rate (default: the configuration's)")
+    train.add_argument("--second-order", action="store_true", help="differentiate through them twice")
 
 
 def _results(commands) -> None:
@@ -194,6 +194,7 @@ def _results(commands) -> None:
     table.add_argument("folder", type=Path, nargs="+", help="run folders, or folders above them")
     table.add_argument("--scoring", help="one scoring protocol, where the runs have several")
     table.add_argument("--partial", action="store_true", help="also runs that are not finished, marked")
+    table.add_argument("--curve", metavar="shots|steps", help="instead, a plot of J&F against these, and its numbers")
     table.add_argument("--out", type=Path, default=Path("."), help="where the files go (default: here)")
     picture = _command(commands, "picture", call_picture, "one PNG: per group an episode with each method's answer")
     picture.add_argument("folder", type=Path, nargs="+", help="run folders, or folders above them")
@@ -274,10 +275,19 @@ def call_train(o: argparse.Namespace) -> int:
     from fewref.benchmark.commands import train_group
     from fewref.methods.shipped import named_file
 
-    out = o.out or Path("runs/train") / f"{o.method}-{o.dataset}-{o.group}"
-    init = named_file(o.init, "--init") if o.init else None
+    label = f"{o.method}+{o.meta}" if o.meta else o.method
     names = ["method", "dataset", "data_root", "group", "config", "seed", "steps", "device"]
-    print(train_group(**{name: getattr(o, name) for name in names}, init=init, out=out, resume=not o.no_resume))
+    values = {name: getattr(o, name) for name in names}
+    values |= {"init": named_file(o.init, "--init") if o.init else None, "resume": not o.no_resume}
+    values["out"] = o.out or Path("runs/train") / f"{label}-{o.dataset}-{o.group}"
+    if o.meta:
+        from fewref.benchmark.meta_train import meta_train as train_group
+
+        values |= {"meta": o.meta, "inner_steps": o.inner_steps, "inner_lr": o.inner_lr}
+        values["first_order"] = not o.second_order
+    elif o.inner_steps is not None or o.inner_lr is not None or o.second_order:
+        raise InputError("--inner-steps, --inner-lr and --second-order are of --meta; name one, such as --meta maml")
+    print(train_group(**values))
     return 0
 
 
@@ -297,10 +307,16 @@ def call_compare(o: argparse.Namespace) -> int:
 
 def call_table(o: argparse.Namespace) -> int:
     from fewref.benchmark.commands import find_runs
-    from fewref.benchmark.table import write_tables
 
-    for path in write_tables(find_runs(o.folder), o.out, o.scoring, o.partial):
-        print(path)
+    if o.curve:
+        from fewref.benchmark.curve import write_curve
+
+        paths = write_curve(find_runs(o.folder), o.curve, o.out, o.scoring, o.partial)
+    else:
+        from fewref.benchmark.table import write_tables
+
+        paths = write_tables(find_runs(o.folder), o.out, o.scoring, o.partial)
+    print("\n".join(map(str, paths)))
     return 0
 
 

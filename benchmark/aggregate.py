@@ -26,6 +26,7 @@ FEW_VIDEOS = 5
 DECIMALS = 12  # the last digits of a matrix product depend on the processor; no table, tie or p value may
 # `ScoringProtocol.average` -> (what weighs the same, within what it is averaged first)
 AVERAGES = {"query": ("query", "category"), "frame": ("frame", "group"), "danet": ("frame", "category")}
+SAME = ("base", "ablation", "method", "adaptation", "transductive", "text", "support", "sees_truth")  # in an entry
 OTHER_AVERAGES = (("query", "category"), ("query", "group"), ("frame", "category"), ("frame", "group"))
 
 
@@ -130,14 +131,16 @@ def summary(frame: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     """One line per section, entry and group, and one for the mean over groups (`group` = "mean").
 
     j, f, jf: in [0,1]. low, high: 95 % bootstrap interval of jf. spread: standard deviation (n - 1) of jf over draws,
-    NaN for one draw. iou: summed intersection over union. jf_<unit>_<slot>: jf averaged in other ways. Counts; seconds
-    of adapt per episode and of predict per query, over what did not fail; most peak_bytes; `notes`, one line.
+    NaN for one draw. iou: summed intersection over union. jf_<unit>_<slot>: jf averaged in other ways. Counts.
+    seconds_adapt, adapt_steps: seconds and gradient steps of adapting, mean over the episodes that did not fail, those
+    of all queries together where each is adapted to; seconds_predict: per query. adapt_trained: most weights changed;
+    most peak_bytes; `notes`, one line.
     """
     lines = []
     for section, entry, rows in entries(frame):
         first = rows.iloc[0]
         same = dict(zip(SECTION, section, strict=True)) | {"entry": entry}
-        same |= {name: first[name] for name in ("base", "ablation", "method", "text", "support", "sees_truth")}
+        same |= {name: first[name] for name in SAME}
         lines += [same | line for line in _entry_lines(rows, resamples)]
     return pd.DataFrame(lines)
 
@@ -172,6 +175,9 @@ def _other_averages(rows: pd.DataFrame) -> dict[str, float]:
 def _counts(rows: pd.DataFrame) -> dict[str, Any]:
     """How much was asked, what it cost, and what a reader must know of it."""
     good = rows[rows["status"] == "ok"]
+    spent = ["seconds_adapt", "adapt_steps"]
+    by_episode = good.groupby(["folder", "episode"])[spent]
+    adapted = by_episode.sum() if bool(rows["transductive"].iloc[0]) else by_episode.first()  # else rows repeat it
     missing = int(rows.drop_duplicates("folder")["asked"].sum()) - len(rows)
     return {
         "episodes_asked": rows["episode"].nunique(),
@@ -181,7 +187,9 @@ def _counts(rows: pd.DataFrame) -> dict[str, Any]:
         "videos": rows["video"].nunique(),
         "frames": int(rows["frames"].sum()),
         "draws": rows["seed"].nunique(),
-        "seconds_adapt": float(good.drop_duplicates(["folder", "episode"])["seconds_adapt"].mean()),
+        "seconds_adapt": float(adapted["seconds_adapt"].mean()),
+        "adapt_steps": float(adapted["adapt_steps"].mean()),
+        "adapt_trained": int(rows["adapt_trained"].max()),
         "seconds_predict": float(good["seconds_predict"].mean()),
         "peak_bytes": int(rows["peak_bytes"].max()),
         "parameters": int(rows["parameters"].max()),

@@ -1,4 +1,4 @@
-"""Paired comparisons: two entries on the same queries, every entry with the best one, every ablation with its origin.
+"""Paired comparisons on the same queries: two entries, each with the best one, ablations and adaptations with origins.
 
 The difference of J&F is averaged and resampled as J&F is (see `aggregate`). p is two-sided: twice the smaller share of
 resamples on either side of 0, each share counting the observation itself; it cannot fall below 2 / (resamples + 1).
@@ -22,10 +22,12 @@ from fewref.benchmark.aggregate import (
     point,
     resampled,
 )
-from fewref.benchmark.results import KEY, SECTION, check_same_questions, load, run_names
+from fewref.benchmark.results import KEY, SECTION, SETTINGS, check_same_questions, load, run_names
 from fewref.episodes.errors import InputError
+from fewref.methods.adaptation.options import META
 
 LEVEL = 0.05
+OTHER_WEIGHTS = "has other weights"
 NO_DIFFERENCE = dict.fromkeys(("difference", "low", "high", "p", "p_holm"), np.nan)
 
 
@@ -192,7 +194,7 @@ def ablations(frame: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
         found = []
         for _, entry, rows in entries(part[part["ablation"] != ""]):
             origin = part[(part["base"] == rows["base"].iloc[0]) & (part["ablation"] == "")]
-            note = _unlike(origin, rows)
+            note = _unlike(origin, rows, "the run with the right sentence and support")
             line = NO_DIFFERENCE if note else _overall(origin, rows, resamples)
             name = "" if origin.empty else origin["entry"].iloc[0]
             found.append(same | {"entry": entry, "origin": name} | line | {"note": note})
@@ -203,16 +205,60 @@ def ablations(frame: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=[*SECTION, "entry", "origin", *NO_DIFFERENCE, "note"])
 
 
-def _unlike(origin: pd.DataFrame, rows: pd.DataFrame) -> str:
-    """Why an ablation cannot be held against its origin; "" where it can."""
+def adaptations(frame: pd.DataFrame, resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Every adapted entry against the same method, settings and ablation without adaptation: adapted - zero-shot.
+
+    Columns: dataset, episodes, scoring, entry, origin ("" for none), difference, low, high, p, p_holm (family: the
+    adapted entries of the section), note: why there is no difference, or what else than the adaptation differs.
+    """
+    lines = []
+    for section, part in frame.groupby(SECTION, sort=True):
+        same, found = dict(zip(SECTION, section, strict=True)), []
+        for _, entry, rows in entries(part[part["adaptation"] != "none"]):
+            origin = _zero_shot(part, rows)
+            fault = _unlike(origin, rows, "the run without adaptation")
+            note = _meta_note(origin, rows) if rows["adaptation"].iloc[0] in META and not origin.empty else ""
+            fault = "" if fault.endswith(OTHER_WEIGHTS) and note else fault
+            line = NO_DIFFERENCE if fault else _overall(rows, origin, resamples)
+            name = "" if origin.empty else origin["entry"].iloc[0]
+            found.append(same | {"entry": entry, "origin": name} | line | {"note": fault or note})
+        known = [line for line in found if not np.isnan(line["p"])]
+        for line, p in zip(known, holm([line["p"] for line in known]), strict=True):
+            line["p_holm"] = p
+        lines += found
+    return pd.DataFrame(lines, columns=[*SECTION, "entry", "origin", *NO_DIFFERENCE, "note"])
+
+
+def _zero_shot(part: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the entry without adaptation that belongs to an adapted one's; of several the first, equal weights
+    before others."""
+    like = part[part["adaptation"] == "none"]
+    for name in ("method", "ablation", *SETTINGS):
+        like = like[like[name] == rows[name].iloc[0]]
+    names = sorted(like["entry"].unique())
+    names.sort(key=lambda name: _weights(like[like["entry"] == name]) != _weights(rows))
+    return like[like["entry"] == names[0]] if names else like
+
+
+def _meta_note(origin: pd.DataFrame, rows: pd.DataFrame) -> str:
+    if _weights(origin) == _weights(rows):
+        return "its weights are those of the run without adaptation, not meta-learned ones"
+    return "its weights are meta-learned: the gain is of these and of the adaptation together"
+
+
+def _weights(rows: pd.DataFrame) -> dict[str, str]:
+    return dict(zip(rows["group"], rows["checkpoint"], strict=True))
+
+
+def _unlike(origin: pd.DataFrame, rows: pd.DataFrame, called: str) -> str:
+    """Why an entry cannot be held against its origin; "" where it can."""
     if origin.empty:
-        return "the run with the right sentence and support is not among these"
-    weights = [dict(zip(side["group"], side["checkpoint"], strict=True)) for side in (origin, rows)]
-    if weights[0].keys() != weights[1].keys():
-        return "the run with the right sentence and support is of other groups"
-    if weights[0] != weights[1]:
-        return "the run with the right sentence and support has other weights"
-    return "" if is_finished(origin) and is_finished(rows) else "one of the two is unfinished"
+        return f"{called} is not among these"
+    if _weights(origin).keys() != _weights(rows).keys():
+        return f"{called} is of other groups"
+    if not (is_finished(origin) and is_finished(rows)):
+        return "one of the two is unfinished"
+    return "" if _weights(origin) == _weights(rows) else f"{called} {OTHER_WEIGHTS}"
 
 
 def is_finished(rows: pd.DataFrame) -> bool:

@@ -6,15 +6,28 @@ import torch
 from tabulate import tabulate
 
 from fewref.benchmark.inputs import choose_device
+from fewref.benchmark.matrix import supported
 from fewref.benchmark.protocol import PROTOCOLS
 from fewref.benchmark.scoring import SCORING
 from fewref.episodes.errors import InputError
+from fewref.methods.adaptation.options import META, STRATEGIES
 from fewref.methods.base import UNTRAINED
 from fewref.methods.check import check_method
 from fewref.methods.registry import load_method, method_names
 from fewref.methods.shipped import CHECKPOINTS, find_weights, shipped_names
 from fewref.methods.weights import sha256
 from fewref.splits import DATASETS, load_split
+
+SUMMARIES = {
+    "none": "the method as it is (zero-shot, or with its own support branch)",
+    "finetune": "gradient steps on the support, in each episode anew",
+    "head": "the same, on the last layers alone",
+    "prototype": "nearest prototype of its visual features, pooled under the support's masks; no text",
+    "maml": "plain gradient steps from meta-learned weights (learn2learn)",
+    "anil": "the same, on the last layers alone",
+    "meta-sgd": "the same, with a meta-learned rate for each weight",
+    "self-train": "labels of its own on the frames of the query (transductive)",
+}
 
 
 def everything() -> str:
@@ -32,6 +45,7 @@ def everything() -> str:
             ("name", "episodes", "scoring", "what it asks"),
         ),
         "scoring protocols": ([(name,) for name in SCORING], ("name",)),
+        "adaptation strategies": ([(name, SUMMARIES[name]) for name in STRATEGIES], ("name", "what it does")),
         "shipped checkpoints": ([(name,) for name in shipped_names()], ("name",)),
     }
     return "\n\n".join(f"{title}\n{tabulate(rows, headers)}" for title, (rows, headers) in parts.items())
@@ -50,8 +64,9 @@ def describe(name: str, check: bool, weights: str | None, config: str, device: s
     ]
     lines += [("sees the truth", "yes, a bound and no competitor")] if info.sees_truth else []
     lines += [("weights", "needed" if info.needs_weights else "none")]
+    lines += [("adaptation", ", ".join(supported(cls)))]
     for shipped in shipped_names():
-        if shipped.startswith(f"{info.name}-builtin"):
+        if shipped.startswith((f"{info.name}-builtin", *(f"{info.name}+{strategy}-" for strategy in META))):
             lines.append((f"shipped {shipped}", f"sha256 {sha256(CHECKPOINTS / shipped / 'weights.safetensors')}"))
     print(tabulate([line for line in lines if line[1]], tablefmt="plain"))
     if not check:

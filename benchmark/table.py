@@ -9,7 +9,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from fewref.benchmark.aggregate import MEAN, RESAMPLES, summary
-from fewref.benchmark.compare import LEVEL, ablations, compare, ranks
+from fewref.benchmark.compare import LEVEL, ablations, adaptations, compare, ranks
 from fewref.benchmark.results import SECTION, load
 from fewref.benchmark.scoring import SCORING
 from fewref.episodes.errors import read_json, write_atomic
@@ -18,6 +18,7 @@ PUBLISHED = Path(__file__).resolve().parent / "published.json"
 MARKDOWN, LATEX = "github", "latex_booktabs"
 INTERVAL = "95 % interval"
 AGAINST = ["against", "less by", "interval of that", "p (Holm)"]
+GAIN = ["over", "gain", "interval of the gain", "p of the gain (Holm)"]
 OTHER = {
     "category means of queries": "jf_query_category",
     "all queries alike": "jf_query_group",
@@ -33,10 +34,11 @@ COUNTS = {
     "frames": "frames",
     "draws": "draws",
 }
-COSTS = ["adapt, s/episode", "predict, s/query", "peak memory, MiB", "parameters, M"]
+COSTS = ["adapt, s/episode", "predict, s/query", "gradient steps", "trained, M", "peak memory, MiB", "parameters, M"]
+ADAPTATION = ["J&F", INTERVAL, *GAIN[1:], "adapt, s/episode", "gradient steps", "trained, M", "peak memory, MiB"]
 PROVENANCE = ("run", "folder", "method", "data", "group", "scoring")
 PROVENANCE += ("manifest", "checkpoint", "code", "machine", "memory")
-WORDS = {"method", "against", "A", "B", *PROVENANCE, "dataset", "over", "source", "status"}
+WORDS = {"method", "adaptation", "against", "over", "A", "B", *PROVENANCE, "dataset", "source", "status"}
 AVERAGED = {
     "query": "frames of a query, queries of a category, categories of a group, draws, groups",
     "frame": "all frames of a group at once, draws, groups",
@@ -53,7 +55,9 @@ bootstrap ({RESAMPLES} resamples) over the videos of every category, all draws a
 does not cover the choice of supports, which `spread` shows: the standard deviation of J&F over the support draws.
 `less by` is the paired difference of J&F on the same queries, with its own interval and a two-sided p, Holm-corrected.
 Methods whose difference from the best of their rank has a p above {LEVEL} share that rank. What sees the truth takes no
-rank, nor does what is unfinished (*) or lacks a group.
+rank, nor does what is unfinished (*) or lacks a group. An adapted method stands below the same one without adaptation;
+`gain` is the paired difference between the two, with its own interval and p. What is transductive has seen the frames
+of the query while it adapted. Costs of adaptation: seconds and gradient steps per episode, millions of weights changed.
 """
 
 
@@ -85,9 +89,9 @@ def wide(frame: pd.DataFrame, whole: pd.DataFrame | None = None, resamples: int 
     """One line of display strings per section and entry: ranked ones by rank, then the others, then ablations.
 
     whole: `summary(frame)`, where it is at hand. Columns: dataset, episodes, scoring, kind ("method", "truth" or
-    "ablation"), rank, method, J&F, its interval and spread, J, F, against what and by how much less (the best entry;
-    for ablations the right sentence and support), J, F and J&F of each group, J&F averaged in other ways, counts,
-    costs, notes.
+    "ablation"), rank, method, adaptation, J&F, its interval and spread, J, F, against what and by how much less (the
+    best entry; for ablations the right sentence and support), over what and by how much more (the same without
+    adaptation), J, F, J&F and its interval of each group, J&F averaged in other ways, counts, costs, notes.
     """
     whole = summary(frame, resamples) if whole is None else whole
     keys = [*SECTION, "entry"]
@@ -96,27 +100,41 @@ def wide(frame: pd.DataFrame, whole: pd.DataFrame | None = None, resamples: int 
     columns = list(dict.fromkeys(name for part in both for name in part.columns))
     against = pd.concat([part for part in both if len(part)] or both).reindex(columns=columns)
     means = whole[whole["group"] == MEAN].merge(against, on=keys, how="left", suffixes=("", "_less"))
+    means = means.merge(adaptations(frame, resamples), on=keys, how="left", suffixes=("", "_gain"))
     groups = dict(iter(whole[whole["group"] != MEAN].groupby(keys)))
     known = frame.groupby(SECTION)["group"].unique()
     lines = [_line(mean, groups[tuple(mean[keys])], known[tuple(mean[SECTION])]) for _, mean in means.iterrows()]
     table = pd.DataFrame(lines).fillna("-")
-    order = means[SECTION].assign(
-        kind=table["kind"].map({"method": 0, "truth": 1, "ablation": 2}),
-        rank=means["rank"].astype(float).fillna(len(means)),
-        score=-means["jf"],
-        entry=means["entry"],
-    )
-    table = table.loc[order.sort_values(list(order.columns), kind="stable").index].reset_index(drop=True)
+    kinds = table["kind"].map({"method": 0, "truth": 1, "ablation": 2})
+    table = table.loc[_order(means, kinds).index].reset_index(drop=True)
     last = [name for name in table.columns if name in {*OTHER, *COUNTS, *COSTS, "notes"}]
     return table[[name for name in table.columns if name not in last] + last]
 
 
+def _order(means: pd.DataFrame, kinds: pd.Series) -> pd.DataFrame:
+    """The lines in their order: by kind, rank and score, but what is adapted right below what it is adapted from."""
+    adapted = means["origin"].fillna("") != ""
+    order = means[SECTION].assign(
+        kind=kinds,
+        family=means["origin"].where(adapted, means["entry"]),
+        rank=means["rank"].astype(float).fillna(len(means)),
+        score=-means["jf"],
+        adapted=adapted,
+        entry=means["entry"],
+    )
+    family = order.groupby([*SECTION, "family"])[["rank", "score"]].transform("min").add_prefix("family_")
+    columns = [*SECTION, "kind", "family_rank", "family_score", "family", "adapted", "rank", "score", "entry"]
+    return order.join(family).sort_values(columns, kind="stable")
+
+
 def _line(mean: pd.Series, groups: pd.DataFrame, known: Sequence[str]) -> dict[str, str]:
-    marks = (" (sees truth)" if mean["sees_truth"] else "") + (" *" if mean["missing"] else "")
+    marks = " (sees truth)" if mean["sees_truth"] else " (transductive)" if mean["transductive"] else ""
+    marks += " *" if mean["missing"] else ""
     line = {name: mean[name] for name in SECTION} | {
         "kind": "ablation" if mean["ablation"] else "truth" if mean["sees_truth"] else "method",
         "rank": "-" if pd.isna(mean["rank"]) else f"{mean['rank']:.0f}",
         "method": mean["entry"] + marks,
+        "adaptation": mean["adaptation"],
         "J&F": percent(mean["jf"]),
         INTERVAL: interval(mean["low"], mean["high"]),
         "spread": percent(mean["spread"]),
@@ -126,16 +144,22 @@ def _line(mean: pd.Series, groups: pd.DataFrame, known: Sequence[str]) -> dict[s
     other = "-" if pd.isna(mean["difference"]) else mean["other"]
     less = percent(mean["difference"]), interval(mean["low_less"], mean["high_less"]), p_text(mean["p_holm"])
     line |= dict(zip(AGAINST, (other, *less), strict=True))
+    over = mean["origin"] if isinstance(mean["origin"], str) and mean["origin"] else "-"
+    gain = percent(mean["difference_gain"]), interval(mean["low_gain"], mean["high_gain"]), p_text(mean["p_holm_gain"])
+    line |= dict(zip(GAIN, (over, *gain), strict=True))
     for _, one in groups.iterrows():
         line |= {f"{name} {one['group']}": percent(one[key]) for name, key in (("J", "j"), ("F", "f"), ("J&F", "jf"))}
+        line[f"{INTERVAL} {one['group']}"] = interval(one["low"], one["high"])
     line |= {name: percent(mean[key]) for name, key in OTHER.items()}
     line |= {name: str(mean[key]) for name, key in COUNTS.items()}
     spent = seconds(mean["seconds_adapt"]), seconds(mean["seconds_predict"])
+    trained = f"{mean['adapt_steps']:.4g}", f"{mean['adapt_trained'] / 1e6:.2f}"
     sizes = f"{mean['peak_bytes'] / 2**20:.0f}", f"{mean['parameters'] / 1e6:.2f}"
-    line |= dict(zip(COSTS, (*spent, *sizes), strict=True))
+    line |= dict(zip(COSTS, (*spent, *trained, *sizes), strict=True))
     absent = sorted(set(known) - set(groups["group"]))
     lacks = f"lacks group {', '.join(absent)}, its mean is over the others" if absent else ""
-    said = [text for text in (mean["notes"], mean["note"], lacks) if isinstance(text, str) and text]
+    said = [mean["notes"], mean["note"], mean["note_gain"], lacks]
+    said = [text for text in said if isinstance(text, str) and text]
     return line | {"notes": "; ".join(said)}
 
 
@@ -143,11 +167,16 @@ def views(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """One section of `wide` as narrow tables, each with its title; only those that say something."""
     groups = [name[len("J&F ") :] for name in table.columns if name.startswith("J&F ")]
     groups = [group for group in groups if (table[f"J&F {group}"] != "-").any()]
-    per_group = [f"{name} {group}" for group in groups for name in ("J", "F", "J&F")]
+    per_group = [f"{name} {group}" for group in groups for name in ("J&F", INTERVAL)]
+    parts = [f"{name} {group}" for group in groups for name in ("J", "F")]
+    origins = set(table["over"])
+    adapted = (table["adaptation"] != "none") | table["method"].str.removesuffix(" *").isin(origins)
     ablated, scores = table["kind"] == "ablation", ["J&F", INTERVAL, "spread", "J", "F", *AGAINST]
     found = [
         ("Methods", table[~ablated][["rank", "method", *scores]]),
+        ("Adaptation", table[adapted][["method", "adaptation", *ADAPTATION]]),
         ("Groups", table[["method", *per_group]] if len(groups) > 1 else table[:0]),
+        ("J and F of the groups", table[["method", *parts]] if len(groups) > 1 else table[:0]),
         ("Ablations", table[ablated][["method", *scores]]),
         ("J&F averaged in other ways", table[["method", *OTHER]]),
         ("Counts and costs", table[["method", *COUNTS, *COSTS]]),

@@ -65,7 +65,7 @@ def test_markdown_latex_and_csv_hold_the_same_cells(written):
         for _, view in table.views(part):
             expected += [list(view.columns), *view.to_numpy().tolist()]
     results = written["leaderboard.md"].split("## Runs")[0]
-    assert len(expected) == 2 * (1 + 3 + 1 + 4 + 1 + 1 + 1 + 4 + 1 + 4)
+    assert len(expected) == 2 * (1 + 3 + 2 * (1 + 4) + 1 + 1 + 1 + 4 + 1 + 4)
     assert markdown_cells(results) == expected
     assert latex_cells(written["leaderboard.tex"]) == expected
 
@@ -103,7 +103,14 @@ def test_marks_ranks_and_kinds(folders):
         assert float(part.loc[entry, "less by"]) == pytest.approx(less, abs=0.11)
     assert part.loc["oracle (sees truth)", "J&F"] == "100.0"
     titles = [title for title, _ in table.views(part.reset_index())]
-    assert titles == ["Methods", "Groups", "Ablations", "J&F averaged in other ways", "Counts and costs"]
+    assert titles == [
+        "Methods",
+        "Groups",
+        "J and F of the groups",
+        "Ablations",
+        "J&F averaged in other ways",
+        "Counts and costs",
+    ]
 
 
 def test_leaderboard_names_its_sources_and_keeps_published_numbers_apart(folders, written, tmp_path):
