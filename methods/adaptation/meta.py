@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
@@ -66,10 +67,11 @@ def meta_adapt(
         for step in range(options.steps):
             with in_place(method, network), nullcontext() if first_order else differentiable_twice():
                 loss = method.loss(*task(step))
+            value = loss.item()
             if losses is not None:
-                losses.append(float(loss.detach()))
-            if not loss.isfinite():
-                raise AdaptationError(f"step {step + 1}: the loss is {float(loss)}; lower the learning rate (lr)")
+                losses.append(value)
+            if not math.isfinite(value):
+                raise AdaptationError(f"step {step + 1}: the loss is {value}; lower the learning rate (lr)")
             # Meta-SGD refuses a loss that leaves a parameter out; this way the parameter keeps its value.
             learner.adapt(loss + sum((0 * tensor).sum() for tensor in now))
             now = _replace(network, now, list(learner.module.parameters()))
