@@ -30,8 +30,9 @@ class TrainOptions:
     of linear increase before it. clip_norm: largest total norm of the gradients, 0 for none.
     loss_weights: terms (ce, bbox, giou, mask, dice) whose factor in the loss, not in the matching, is not that of
     `LossWeights`.
-    augment: "paper", "tiny" or "none". own_support: share of episodes whose support is the query's own video and
-    sentence, an easy start for a network that learns to look at the support. tracking: share of the steps whose batches
+    clips: frames of a query clip, "window" (adjacent ones) or "scattered" (as ReferFormer draws them). augment:
+    "paper", "tiny" or "none". own_support: share of episodes whose support is the query's own video and sentence, an
+    easy start for a network that learns to look at the support. tracking: share of the steps whose batches
     have tracking images, for methods that track. size: (H, W) that every frame is brought to first, None for its own
     size.
     precision: "fp32" or "bf16". faithful: "fixed", or "upstream" to train with upstream's faults: affinity projections
@@ -58,6 +59,7 @@ class TrainOptions:
     warmup: int = 0
     clip_norm: float = 0.1
     loss_weights: Mapping[str, float] = field(default_factory=dict)
+    clips: str = "window"
     augment: str = "paper"
     own_support: float = 0.0
     tracking: float = 0.0
@@ -73,6 +75,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         choices = {
             "schedule": ("step", "cosine"),
+            "clips": ("window", "scattered"),
             "augment": ("paper", "tiny", "none"),
             "precision": ("fp32", "bf16"),
             "faithful": ("fixed", "upstream"),
@@ -82,6 +85,8 @@ class TrainOptions:
                 raise InputError(
                     f"training option {name}: {getattr(self, name)!r} is unknown; {near(getattr(self, name), known)}"
                 )
+        if self.clips == "scattered" and self.clip_frames == 2:
+            raise InputError("training option clips: a scattered clip has 1 frame or at least 3, not 2")
         terms = [term.name for term in dataclasses.fields(LossWeights)]
         for name in self.loss_weights:
             if name not in terms:

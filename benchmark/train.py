@@ -154,7 +154,8 @@ class Training:
         """Total and terms, each (), of a batch on the device."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.precision == "bf16"):
             outputs = model(batch)
-        return criterion(outputs, batch.targets, LossWeights(**self.options.loss_weights), LossWeights())
+        weights, matching = LossWeights(**self.options.loss_weights), LossWeights()
+        return criterion(outputs, batch.targets, weights, matching, self.network.classify_valid)
 
     def update(self) -> None:
         """Clip the gradients and let the optimiser make its step."""

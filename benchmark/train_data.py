@@ -6,6 +6,7 @@ processes sees the same samples.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from fewref.episodes.sampler import window
 from fewref.episodes.transforms import ClipSample, augment, make_sample, resize_frame, resize_masks
 from fewref.episodes.types import Expression
 from fewref.methods.batch import Batch, collate, with_tracking
+from fewref.methods.referformer.clip_sampling import sample_clip
 from fewref.methods.tf2.pairing import keep_object, neighbours
 
 SUPPORT_TRIES = 50
@@ -131,7 +133,7 @@ class EpisodeSource:
         videos = list(self.videos[category])
         query = videos.pop(int(rng.integers(len(videos))))
         expression = self._expression(rng, category, query)
-        places = self._places(rng, query, self.options.clip_frames)
+        places = self._places(rng, query, self.options.clip_frames, self.options.clips == "scattered")
         clips = [self._clip(query, expression, places)]
         if self.options.support_frames:
             clips.append(self._support(rng, category, query, expression, videos))
@@ -157,9 +159,12 @@ class EpisodeSource:
         expressions = self.videos[category][video]
         return expressions[int(rng.integers(len(expressions)))]
 
-    def _places(self, rng: np.random.Generator, video: str, wanted: int) -> list[int]:
+    def _places(self, rng: np.random.Generator, video: str, wanted: int, scattered: bool = False) -> list[int]:
         count = len(self.cache.index.videos[video].frames)
-        return window(count, wanted, int(rng.integers(count)))
+        centre = int(rng.integers(count))
+        if scattered:
+            return sample_clip(count, centre, wanted, random.Random(int(rng.integers(2**62))))
+        return window(count, wanted, centre)
 
     def _clip(self, video: str, expression: Expression, places: Sequence[int]) -> ClipSample:
         names = [self.cache.index.videos[video].frames[place] for place in places]

@@ -90,7 +90,8 @@ class QueryMethod(Trainable):
         batch = self.batch(target).to(torch.device(self.device))
         with self.autocast():
             outputs = self.outputs(batch, memory)
-        return criterion(outputs, batch.targets, self._loss_weights, LossWeights())[0]
+        valid_alone = self.network.classify_valid
+        return criterion(outputs, batch.targets, self._loss_weights, LossWeights(), valid_alone)[0]
 
     def batch(self, target: Shot) -> Batch:
         """What the network is trained on, of one clip."""

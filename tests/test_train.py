@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import random
 import re
 import socket
 import subprocess
@@ -30,6 +31,7 @@ from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.backbone import build_backbone
 from fewref.methods.layers.pixels import normalise_padded
 from fewref.methods.query_checkpoint import TIED
+from fewref.methods.referformer.clip_sampling import sample_clip
 from fewref.methods.text import build_text_encoder
 from fewref.splits import load_split
 
@@ -381,3 +383,16 @@ def test_a_batch_must_be_shared_evenly(index: DatasetIndex, pools: dict, tmp_pat
     message = "batch: 2 episodes cannot be shared by 3 processes"
     with pytest.raises(InputError, match=re.escape(message)):
         train(network=small_network(), tokenizer=tokenize, index=index, pools=pools, config=RECIPE, out=tmp_path)
+
+
+def test_scattered_clips_are_drawn_as_referformer_draws_them(index: DatasetIndex, pools: dict) -> None:
+    clips = source(index, pools, augment="none", support_frames=0, clip_frames=5, clips="scattered")
+    twin, rng = np.random.default_rng(3), np.random.default_rng(3)
+    for video, entry in index.videos.items():
+        centre = int(twin.integers(len(entry.frames)))
+        wanted = sample_clip(len(entry.frames), centre, 5, random.Random(int(twin.integers(2**62))))
+        assert clips._places(rng, video, 5, scattered=True) == wanted
+    (query,) = clips.episode(0, 0)
+    assert len(query.frames) == 5
+    with pytest.raises(InputError, match="training option clips: a scattered clip has 1 frame or at least 3, not 2"):
+        source(index, pools, clips="scattered", clip_frames=2)

@@ -61,7 +61,10 @@ class QueryNet(nn.Module):
     layer, and all layers share their heads; not with use_dab. mask_dim: channels of the mask features, `hidden` if
     None; mask_channels, mask_layers, coordinates: width and depth of the tiny mask networks, and whether they see where
     a pixel lies. Frozen parts get no gradient, but in train mode a frozen text encoder keeps its dropout, as upstream.
+    classify_valid: whether the matching of its training counts the class at valid frames alone.
     """
+
+    classify_valid = False
 
     def __init__(
         self,

@@ -21,6 +21,8 @@ class ReferFormerNet(QueryNet):
     """parts: arguments of `QueryNet`; there are no anchor boxes. freeze_stem: of a ResNet, train the last three stages
     alone, as upstream (ReferFormer specification 4.1)."""
 
+    classify_valid = True
+
     def __init__(self, *, freeze_stem: bool = True, freeze_backbone: bool = False, **parts: Any) -> None:
         super().__init__(use_dab=False, freeze_backbone=freeze_backbone, **parts)
         if freeze_stem:

@@ -32,6 +32,8 @@ class TF2Net(QueryNet):
     """ReferFormer's network with a second image stream. parts: arguments of `QueryNet`; there are no anchor boxes.
     freeze_stem: of a ResNet, train the last three stages alone, as upstream."""
 
+    classify_valid = True
+
     def __init__(self, *, freeze_stem: bool = True, freeze_backbone: bool = False, **parts: Any) -> None:
         super().__init__(use_dab=False, freeze_backbone=freeze_backbone, **parts)
         if freeze_stem:
