@@ -196,7 +196,7 @@ def test_a_loss_that_is_no_number() -> None:
     method = scalar()
     method._loss = lambda network: torch.log(network.w - network.w - 1)
     base = method.network
-    with pytest.raises(AdaptationError, match="step 1: the loss is nan; lower the learning rate"):
+    with pytest.raises(AdaptationError, match="step 1: the loss is nan; lower the learning rate of the inner steps"):
         meta.meta_adapt(method, options("maml"), toy_task)
     assert method.network is base
 

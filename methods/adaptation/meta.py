@@ -71,7 +71,9 @@ def meta_adapt(
             if losses is not None:
                 losses.append(value)
             if not math.isfinite(value):
-                raise AdaptationError(f"step {step + 1}: the loss is {value}; lower the learning rate (lr)")
+                raise AdaptationError(
+                    f"step {step + 1}: the loss is {value}; lower the learning rate of the inner steps"
+                )
             # Meta-SGD refuses a loss that leaves a parameter out; this way the parameter keeps its value.
             learner.adapt(loss + sum((0 * tensor).sum() for tensor in now))
             now = _replace(network, now, list(learner.module.parameters()))
