@@ -6,6 +6,7 @@ base category, the outer one that of the query clip under the adapted weights.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -65,6 +66,8 @@ def meta_train(
     """
     if meta not in META:
         raise InputError(f"--meta {meta!r} is unknown: {near(meta, META)}")
+    if inner_lr is not None and not 0 < inner_lr < math.inf:
+        raise InputError(f"--inner-lr {inner_lr}: give a positive number, such as 0.001")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError(f"--meta {meta} trains in one process; leave torchrun away")
     learn2learn(f"--meta {meta}")

@@ -131,6 +131,9 @@ def test_another_training_is_not_continued(place: Path, tmp_path: Path) -> None:
 def test_what_it_refuses(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="--meta 'mamel' is unknown: did you mean 'maml'"):
         learn(place, tmp_path, "mamel")
+    for lr in (0.0, -1.0, float("nan")):
+        with pytest.raises(InputError, match=f"--inner-lr {lr}: give a positive number"):
+            learn(place, tmp_path, inner_lr=lr)
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
         with pytest.raises(InputError, match="--meta maml trains in one process"):
