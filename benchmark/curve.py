@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from matplotlib.transforms import ScaledTranslation
 
-from fewref.benchmark.aggregate import RESAMPLES, summary
+from fewref.benchmark.aggregate import MEAN, RESAMPLES, summary
 from fewref.benchmark.results import describe_episodes, load, run_names
 from fewref.benchmark.store import read_header
 from fewref.episodes.errors import InputError, near, write_atomic
@@ -33,6 +33,7 @@ PANEL = ["dataset", "protocol", "scoring"]
 NUMBERS = ["j", "f", "jf", "low", "high", "spread", "groups", "draws", "queries", "failed", "seconds_adapt"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000", "#B8A900")
 MARKERS = "osD^v<>Ph*"
+ASIDE = 1.5  # points between the bars of two lines
 WIDE = 8  # largest number over smallest, from which on the axis is logarithmic
 SIZE, LEGEND, DPI, WRAP = (5.6, 4.2), 2.6, 150, 95  # inches of a panel, inches beside the last one, letters of a line
 RC = {"svg.hashsalt": "fewref", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
@@ -79,7 +80,9 @@ def curve_points(
     group; takes_steps: whether the strategy does; what takes none has 0 as its number of steps.
     """
     folders = [Path(folder) for folder in folders]
-    run_names(folders)
+    if not folders:
+        raise InputError("no run folder is named; give the folders that `run --out` wrote")
+    run_names(folders)  # refuses one that is named twice
     runs = [_run(read_header(folder)["defines"], by) for folder in folders]
     numbers = sorted({run["number"] for run in runs if by == "shots" or run["takes_steps"]})
     if len(numbers) < 2:
@@ -110,7 +113,7 @@ def _run(defines: dict[str, Any], by: str) -> dict[str, Any]:
     return {
         "number": number,
         "takes_steps": takes_steps,
-        "protocol": describe_episodes(protocol),
+        "protocol": describe_episodes(dict(sorted(protocol.items()))),
         "identity": canonical_json([settings, adaptation]),
         "settings": canonical_json(settings),
     }
@@ -124,7 +127,8 @@ def _points(
     frame = frame[~frame["sees_truth"].astype(bool)]
     known = dict(zip(run_names(folders), runs, strict=True))
     found = []
-    for line in summary(frame, RESAMPLES).query("group == @MEAN").to_dict("records"):
+    whole = summary(frame, RESAMPLES)
+    for line in whole[whole["group"] == MEAN].to_dict("records"):
         rows = frame[(frame["entry"] == line["entry"]) & (frame["scoring"] == line["scoring"])]
         rows = rows[(rows["dataset"] == line["dataset"]) & (rows["episodes"] == line["episodes"])]
         run = known[rows["folder"].iloc[0]]
@@ -144,14 +148,15 @@ def draw(points: pd.DataFrame, by: str) -> Figure:
     figure = Figure(figsize=(width, SIZE[1] + 0.9), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for place, (names, panel) in zip(axes, panels, strict=True):
-        place.set_title("\n".join([f"{names[0]}, scoring: {names[2]}", *textwrap.wrap(names[1], 70)]), fontsize=9)
-        for number, (entry, line) in enumerate(lines_of(panel, by)):
+        place.set_title("\n".join([f"{names[0]}, scoring: {names[2]}", *textwrap.wrap(names[1], 80)]), fontsize=8.5)
+        lines = lines_of(panel, by)
+        for number, (entry, line) in enumerate(lines):
             style = {
                 "color": COLOURS[methods.index(line["method"].iloc[0]) % len(COLOURS)],
                 "marker": MARKERS[entries.index(entry) % len(MARKERS)],
             }
-            _draw_line(place, entry, line, by, style, number)
-        _set_axes(place, sorted(panel[by].unique()), by)
+            _draw_line(place, entry, line, by, style, ASIDE * (number - (len(lines) - 1) / 2))
+        _set_axes(place, panel, by)
     handles = {
         label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
     }
@@ -178,25 +183,32 @@ def lines_of(panel: pd.DataFrame, by: str) -> list[tuple[str, pd.DataFrame]]:
     return [(entry, line) for entry, line in lines.items() if entry not in begun]
 
 
-def _draw_line(axes: Axes, entry: str, line: pd.DataFrame, by: str, style: dict[str, Any], number: int) -> None:
-    """One entry; lines are set apart by a point or two, so that bars at the same number do not hide each other."""
+def _draw_line(axes: Axes, entry: str, line: pd.DataFrame, by: str, style: dict[str, Any], aside: float) -> None:
+    """One entry, set aside by some points, so that bars at the same number do not hide each other."""
     values = 100 * line[["jf", "low", "high"]].to_numpy(float)
     bars = np.abs(values[:, 1:] - values[:, :1]).T
     if by == "steps" and not line["takes_steps"].any():
         axes.axhline(values[0, 0], linestyle=":", linewidth=1.2, color=style["color"], label=entry)
         return
-    aside = ScaledTranslation((number % 5 - 2) * 2 / 72, 0, axes.figure.dpi_scale_trans)
+    shift = ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
     options = {"capsize": 2, "linewidth": 1.6, "elinewidth": 0.9, "markersize": 5, "label": entry}
-    axes.errorbar(line[by], values[:, 0], yerr=bars, transform=axes.transData + aside, **options, **style)
+    axes.errorbar(line[by], values[:, 0], yerr=bars, transform=axes.transData + shift, **options, **style)
 
 
-def _set_axes(axes: Axes, numbers: Sequence[int], by: str) -> None:
+def _set_axes(axes: Axes, panel: pd.DataFrame, by: str) -> None:
+    """Scales and limits; the lines are drawn aside of their numbers, so that matplotlib cannot find these itself."""
+    numbers = sorted(panel[by].unique())
     positive = [number for number in numbers if number > 0]
-    if len(positive) > 1 and positive[-1] / positive[0] >= WIDE:
+    if positive[-1] / positive[0] >= WIDE:
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
     axes.set_xticks(numbers, [str(number) for number in numbers])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.margins(x=0.08)
+    left, right = axes.transScale.transform([(numbers[0], 0), (numbers[-1], 0)])[:, 0]
+    ends = [(left - 0.07 * (right - left), 0), (right + 0.07 * (right - left), 0)]
+    axes.set_xlim(*axes.transScale.inverted().transform(ends)[:, 0])
+    low, high = 100 * panel["low"].min(), 100 * panel["high"].max()
+    space = max(0.06 * (high - low), 0.5)
+    axes.set_ylim(low - space, high + space)
     axes.set_xlabel(BY[by])
     axes.set_ylabel("J&F (%)")
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fewref.benchmark.inputs import open_dataset
 from fewref.benchmark.protocol import get_protocol
 from fewref.benchmark.runner import RunResult
 from fewref.episodes.errors import InputError, near
+from fewref.methods.adaptation.meta import rates_path
 from fewref.methods.adaptation.options import META, STRATEGIES, adapt_options
 from fewref.methods.base import UNTRAINED, Method, Trainable
 from fewref.methods.registry import METHODS, load_method
@@ -172,7 +174,9 @@ def check_possible(method: str, strategy: str, base: RunOptions, groups: Sequenc
     if strategy in META and importlib.util.find_spec("learn2learn") is None:
         raise InputError(f"--adapt {strategy}: learn2learn is not installed; `make setup-meta` installs it")
     for group in groups if cls.info.needs_weights else ():
-        find_weights(method, base.weights, base.config, base.dataset, group, strategy)
+        weights = find_weights(method, base.weights, base.config, base.dataset, group, strategy)
+        if strategy == "meta-sgd" and not rates_path(Path(weights)).is_file():
+            raise InputError(f"--adapt meta-sgd: {weights} has no learning rates; `train --meta meta-sgd` writes them")
 
 
 def run_all(plans: Sequence[RunOptions], jobs: int, title: str) -> list[RunResult]:

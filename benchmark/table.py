@@ -63,7 +63,7 @@ of the query while it adapted. Costs of adaptation: seconds and gradient steps p
 
 def percent(value: float) -> str:
     """A share as a percentage with one decimal; "-" for NaN."""
-    return "-" if pd.isna(value) else f"{100 * value:.1f}"
+    return "-" if pd.isna(value) else f"{round(100 * value, 1) + 0:.1f}"  # + 0: no "-0.0"
 
 
 def interval(low: float, high: float) -> str:
