@@ -146,14 +146,16 @@ def adapted(base: RunOptions, method: str, strategy: str, steps: int | None, tel
 
 def check_lists(lists: Lists, base: RunOptions) -> None:
     """Raises InputError for unknown and repeated names, and for options that nothing asked for would use."""
+    if ALL in lists.methods and len(lists.methods) > 1:
+        raise InputError("--methods: 'all' stands alone, or name methods")
     for strategy in lists.strategies:
         if strategy not in STRATEGIES:
             raise InputError(f"--adapt {strategy!r} is unknown: {near(strategy, STRATEGIES)}")
+    for name in lists.methods if ALL not in lists.methods else ():
+        load_method(name)
     for option, values in zip(("--methods", "--adapt", "--shots", "--adapt-steps"), vars(lists).values(), strict=True):
         if len(set(values)) < len(values):
             raise InputError(f"{option}: {', '.join(map(str, values))} names something twice; name each once")
-    if ALL in lists.methods and len(lists.methods) > 1:
-        raise InputError("--methods: 'all' stands alone, or name methods")
     if base.weights not in (None, UNTRAINED) and (ALL in lists.methods or len(lists.methods) > 1):
         raise InputError(f"--weights {base.weights}: a checkpoint is of one method; give one --method with it")
     stepless = set(lists.strategies) <= set(STEPLESS)

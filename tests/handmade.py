@@ -70,9 +70,11 @@ def write_run(
     method: str = "m",
     scoring: Sequence[str] = ("davis",),
     keep: int | None = None,
+    costs: tuple[int, int] = (0, 0),
     **defines: object,
 ) -> Path:
-    """A run folder whose rows have the scores of `score` (None: failed); `keep`: only the first rows of it."""
+    """A run folder whose rows have the scores of `score` (None: failed); `keep`: only the first rows of it; `costs`:
+    gradient steps and trained weights."""
     settings = {
         "version": "1",
         "method": method,
@@ -89,7 +91,7 @@ def write_run(
     environment = {"git": {"sha": "abc0" * 10, "dirty": False}, "libraries": {"torch": "2.9"}, "device": "x86"}
     environment |= {"kernels": "pytorch", "peak_memory": "of the process"}
     rows = [
-        make_row(run, method, episode, query, score(episode, query), scoring)
+        make_row(run, method, episode, query, score(episode, query), scoring, costs)
         for episode in manifest.episodes
         for query in episode.queries
     ]
@@ -100,7 +102,9 @@ def write_run(
     return folder
 
 
-def make_row(run: str, method: str, episode: Episode, query: Query, values, scoring: Sequence[str]) -> Row:
+def make_row(
+    run: str, method: str, episode: Episode, query: Query, values, scoring: Sequence[str], costs: tuple[int, int]
+) -> Row:
     """One row; 20 s to adapt, half a second per frame to predict."""
     entry = {"size": [4, 5], "radius": 1, "resized": False, "inter": 2, "union": 8}
     scores = {name: {"j": list(values[0]), "f": list(values[1]), **entry} for name in scoring} if values else {}
@@ -123,6 +127,8 @@ def make_row(run: str, method: str, episode: Episode, query: Query, values, scor
         seconds_adapt=20.0 if values else 0.0,
         seconds_predict=0.5 * frames if values else 0.0,
         peak_bytes=3 << 20,
+        adapt_steps=costs[0],
+        adapt_trained=costs[1],
     )
 
 

@@ -7,10 +7,12 @@ import pytest
 from handmade import PLAN, make_manifest, noisy, per_draw, write_run
 
 from fewref.benchmark.aggregate import MEAN, resample_weights
-from fewref.benchmark.compare import ablations, compare, holm, ranks, two_sided
+from fewref.benchmark.compare import ablations, adaptations, compare, holm, ranks, two_sided
+from fewref.benchmark.provenance import plain
 from fewref.benchmark.results import load
 from fewref.benchmark.store import read_rows
 from fewref.episodes.errors import InputError
+from fewref.methods.adaptation.options import AdaptOptions
 
 WHOLE = {"cat": PLAN["cat"], "dog": PLAN["dog"]}
 
@@ -137,6 +139,41 @@ def test_ablations_against_their_origin(tmp_path):
         "m [text other]": "weights",
     }
     assert found.loc[["alone [text other]", "m [text other]"], "difference"].isna().all()
+
+
+def test_adaptations_are_paired_with_the_same_method_as_it_is(tmp_path):
+    manifest, sha = make_manifest("1", WHOLE), "5" * 64
+
+    def add(name, score, strategy=None, method="m", **options):
+        changes = {"adaptation": plain(AdaptOptions(strategy))} if strategy else {}
+        return write_run(tmp_path / name, manifest, score, method, **{"checkpoint_sha256": sha, **changes, **options})
+
+    zero, fine = add("zero", shifted(0.25)), add("fine", shifted(0), "finetune")
+    other = add("head", shifted(0.125), "head")
+    folders = [zero, fine, other, add("text", shifted(0.1), text="empty"), add("alone", shifted(0), "head", "alone")]
+    folders.append(add("fine-text", shifted(0), "finetune", text="empty"))
+    found = adaptations(load(folders)).set_index("entry")
+    assert found.loc["m + finetune", ["difference", "low", "high"]].tolist() == pytest.approx([0.25] * 3)
+    assert found.loc["m + head", "difference"] == pytest.approx(0.125)
+    assert found.loc["m + finetune [text empty]", "difference"] == pytest.approx(0.1)
+    assert found["origin"].to_dict() == {
+        "alone + head": "",
+        "m + finetune": "m",
+        "m + finetune [text empty]": "m [text empty]",
+        "m + head": "m",
+    }
+    tested = found[found["origin"] != ""]
+    assert tested["p_holm"].tolist() == holm(tested["p"].tolist()).tolist()
+    assert found["note"].tolist() == ["the run without adaptation is not among these", "", "", ""]
+    line = compare(fine, zero).set_index("group").loc[MEAN]
+    assert line[["difference", "low", "high"]].tolist() == pytest.approx([0.25] * 3)
+    assert (line["entry_a"], line["entry_b"]) == ("m + finetune (fine)", "m (zero)")
+    less = make_manifest("1", WHOLE, draws=2)
+    fewer = write_run(tmp_path / "fewer", less, shifted(0), "m", adaptation=plain(AdaptOptions("head")))
+    with pytest.raises(InputError, match="episode protocol"):
+        compare(fewer, zero)
+    with pytest.raises(InputError, match="a side of a comparison is one method"):
+        compare([fine, other], zero)
 
 
 def test_refusals_of_compare(sides, tmp_path):

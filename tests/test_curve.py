@@ -103,7 +103,7 @@ def test_points_by_shots_and_the_figure_that_calls_them_unpaired(by_shots):
         drawn = {bar.get_label(): bar.lines[0].get_xydata() for bar in axes.containers}
         assert set(drawn) == {"a", "b + finetune"}
         for entry, line in part.groupby("entry"):
-            assert drawn[entry].tolist() == pytest.approx(np.column_stack([line["shots"], 100 * line["jf"]]).tolist())
+            assert drawn[entry] == pytest.approx(np.column_stack([line["shots"], 100 * line["jf"]]))
         low, high = axes.get_ylim()
         assert low < 100 * part["low"].min() < 100 * part["high"].max() < high
     labels = [text.get_text() for text in figure.axes[-1].get_legend().get_texts()]

@@ -143,6 +143,7 @@ def test_what_is_asked_for_by_name_is_refused_before_anything_starts(base, monke
         (Lists((TOY,), ("head",), steps=(1,)), {"adapt_changes": {"steps": 2}}, "given by --adapt-steps, too"),
         (Lists(("all",)), {"weights": "file.pth"}, "--weights file.pth: a checkpoint is of one method"),
         (Lists(two, shots=(1, 2)), {}, "--manifest .*: its episodes are fixed; leave shots away"),
+        (Lists(two, shots=(1, 99)), {"manifest": None}, "99"),
         (Lists(two), {"queries": 0}, "--queries 0"),
         (Lists(two), {"window": 0}, "--window 0"),
         (Lists(two), {"group": "7"}, "--group '7'"),

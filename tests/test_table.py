@@ -13,9 +13,11 @@ from handmade import make_manifest, noisy, write_run
 
 from fewref.benchmark import table
 from fewref.benchmark.aggregate import summary
+from fewref.benchmark.provenance import plain
 from fewref.benchmark.results import load
 from fewref.benchmark.runner import run
 from fewref.episodes.errors import InputError
+from fewref.methods.adaptation.options import AdaptOptions
 from fewref.methods.controls import CopySupport, Empty, Oracle
 
 SHA = "0123456789abcdef" * 4
@@ -37,6 +39,94 @@ def folders(tmp_path_factory):
             folder = root / f"run{number}" / manifest.group
             found.append(write_run(folder, manifest, score, method, ("davis", "cma-paper"), **options))
     return found
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """Two methods, one of them adapted in three ways, one in two, over two groups."""
+    root, found = tmp_path_factory.mktemp("adapted"), []
+    sha = {"checkpoint_sha256": SHA}
+    for group in ("1", "2"):
+        manifest = make_manifest(group)
+
+        def add(name, score, method, strategy="none", manifest=manifest, costs=(0, 0), **options):
+            folder = root / name / manifest.group
+            if strategy != "none":
+                options["adaptation"] = plain(AdaptOptions(strategy))
+            found.append(write_run(folder, manifest, score, method, costs=costs, **{**sha, **options}))
+
+        add("a", noisy("a", 0.5), "a")
+        add("a-fine", noisy("a-fine", 0.7), "a", "finetune", costs=(20, 1_060_000))
+        add("a-maml", noisy("a-maml", 0.4), "a", "maml", costs=(5, 2_000_000), checkpoint_sha256="f" + SHA[1:])
+        add("a-self", noisy("a-self", 0.45), "a", "self-train", costs=(7, 3))
+        add("b", noisy("b", 0.6), "b")
+        add("b-fine", noisy("b-fine", 0.6), "b", "finetune", costs=(20, 10), checkpoint_sha256="f" + SHA[1:])
+        add("c-maml", noisy("c", 0.2), "c", "maml", costs=(5, 10))
+        add("a-fine-empty", noisy("e", 0.3), "a", "finetune", text="empty")
+    return found
+
+
+def test_adapted_rows_stand_below_their_zero_shot_row_with_gain_and_costs(adapted):
+    part = table.wide(load(adapted))
+    ranked = part[part["kind"] == "method"]
+    assert ranked["method"].tolist() == [
+        "a",
+        "a + finetune",
+        "a + self-train (transductive)",
+        "a + maml",
+        "b",
+        "b + finetune",
+        "c + maml",
+    ]
+    by_name = part.set_index("method")
+    assert by_name.loc["a + finetune", "rank"] == "1"
+    assert by_name["over"].to_dict() == {
+        "a": "-",
+        "a + finetune": "a",
+        "a + self-train (transductive)": "a",
+        "a + maml": "a",
+        "b": "-",
+        "b + finetune": "b",
+        "c + maml": "-",
+        "a + finetune [text empty]": "-",
+    }
+    for entry in ("a + finetune", "a + maml", "a + self-train (transductive)"):
+        gain = float(by_name.loc[entry, "J&F"]) - float(by_name.loc["a", "J&F"])
+        assert float(by_name.loc[entry, "gain"]) == pytest.approx(gain, abs=0.11)
+    assert by_name.loc["b + finetune", "gain"] == by_name.loc["c + maml", "gain"] == "-"
+    line = by_name.loc["a + finetune"]
+    assert line[["adaptation", "gradient steps", "trained, M", "adapt, s/episode"]].tolist() == [
+        "finetune",
+        "20",
+        "1.06",
+        "20",
+    ]
+    assert by_name.loc["a", ["adaptation", "gradient steps", "trained, M"]].tolist() == ["none", "0", "0.00"]
+    queries = len(load(adapted[3:4])) // 9  # of one episode; each is adapted to, and its row counts that alone
+    assert float(by_name.loc["a + self-train (transductive)", "gradient steps"]) == pytest.approx(7 * queries, rel=0.01)
+
+
+def test_views_and_notes_of_adaptation(adapted):
+    frame = load(adapted)
+    part = table.wide(frame)
+    views = dict(table.views(part))
+    assert list(views)[:4] == ["Methods", "Adaptation", "Groups", "J and F of the groups"]
+    shown = views["Adaptation"]
+    assert shown["method"].tolist()[:6] == part["method"].tolist()[:6]
+    assert {"gain", "adapt, s/episode", "gradient steps", "trained, M", "peak memory, MiB"} < set(shown.columns)
+    assert list(views["Methods"].columns) == list(table.views(table.wide(load(adapted[:1])))[0][1].columns)
+    notes = " ".join(table.remarks(part))
+    assert "a + maml: its weights are meta-learned: the gain is of these and of the adaptation together." in notes
+    assert "b + finetune: the run without adaptation has other weights." in notes
+    assert "c + maml" in notes
+    assert "the run without adaptation is not among these" in notes
+    same = [folder for folder in adapted if folder.parent.name in ("c-maml",)]
+    plainly = write_run(same[0].parent / "c", make_manifest("1"), noisy("d"), "c", checkpoint_sha256=SHA)
+    said = table.remarks(table.wide(load([same[0], plainly])))
+    assert any(
+        "c + maml: its weights are those of the run without adaptation, not meta-learned" in line for line in said
+    )
+    assert "gain" in table.leaderboard(adapted)
 
 
 @pytest.fixture(scope="module")
