@@ -19,7 +19,7 @@ TRAINABLE = [name for name in METHODS if issubclass(load_method(name), Trainable
 NETWORKS = ["cma", "cma-base", "referformer", "tf2"]
 STRATEGIES = ["finetune", "head", "prototype", "self-train"]
 STRATEGIES += ["maml", "anil"] if importlib.util.find_spec("learn2learn") else []
-CASE = make_case(0, "dog", (48, 64), frames=3)
+CASE = make_case(0, "dog", (48, 64), frames=2)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,11 @@ def methods():
     return get
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [("cma", strategy) for strategy in STRATEGIES]
+    + [(name, strategy) for name in NETWORKS[1:] for strategy in ("finetune", "prototype", "self-train")],
+)
 def test_it_adapts_answers_and_comes_back(methods, name, strategy):
     method = methods(name)
     before, drawn = state(method), torch.get_rng_state()
@@ -63,7 +66,7 @@ def test_fine_tuning_lowers_the_loss_and_changes_the_answer(methods, name):
     shots = CASE.support.shots
     method.adapt(CASE.support)
     before = method.loss(shots[0], shots).item(), method.probabilities(CASE.query)[0]
-    adapted = wrap(method, AdaptOptions("finetune", steps=5, lr=1e-3, augment=False))
+    adapted = wrap(method, AdaptOptions("finetune", steps=4, lr=1e-3, augment=False))
     adapted.adapt(CASE.support)
     after = method.loss(shots[0], shots).item(), method.probabilities(CASE.query)[0]
     adapted.forget()
@@ -82,5 +85,5 @@ def test_the_head_is_small_and_part_of_what_is_fine_tuned(methods, name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_features_are_pooled_without_the_sentence(methods, name):
     maps = methods(name).features(CASE.query.frames)
-    assert (len(maps), maps.dim()) == (3, 4)
+    assert (len(maps), maps.dim()) == (2, 4)
     assert not wrap(methods(name), AdaptOptions("prototype")).info.uses_text
