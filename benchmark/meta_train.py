@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from fewref.methods.registry import load_method
 
 LEAST_FRAMES = 2  # of a clip, so that a support can be split into what is learned and what is looked at
 TRIES = 50
+START_SHARE = 0.1  # of the recipe's learning rates, from a trained checkpoint: the full ones undo what it learned
 RATE_SHARE = 0.01  # step of Meta-SGD's rates, as a share of what they start from
 
 
@@ -76,14 +77,13 @@ def meta_train(
     parts = cls.training(config, init)
     if not issubclass(cls, Trainable):
         raise InputError(f"--meta {meta}: method {method} has no loss of a support set; choose another method")
-    values = {**parts.options, **({"steps": steps} if steps else {})}
-    options = read_options(values)
+    options = read_options({**parts.options, **({"steps": steps} if steps else {})})
     learner = cls(weights=UNTRAINED, config=config, device=device, precision=options.precision, seed=seed)
     learner.network = parts.network.to(device).train()
     changes = {"steps": inner_steps, "lr": inner_lr, "first_order": first_order}
     given = {name: value for name, value in changes.items() if value is not None}
     adapt = replace(adapt_options(meta, learner.adapt_defaults.get(meta, {}), given), augment=False)
-    options = meta_options(options, adapt.steps)
+    options = meta_options(options, adapt.steps, START_SHARE if init else 1.0)
     trained_parameters(learner, adapt)  # says at once what cannot be adapted
     index = open_dataset(dataset, data_root)
     group, pools = base_videos(index, group)
@@ -103,18 +103,24 @@ def meta_train(
     run.write_weights(done, parts.tied, {**entries, **{name: str(value) for name, value in described.items()}})
     if run.rates:
         save_rates(run.weights, run.rates)
-    write_record(out, command=words, seed=seed, options=values, index=index, pools=pools, adaptation=described)
+    write_record(out, command=words, seed=seed, options=asdict(options), index=index, pools=pools, adaptation=described)
     return run.weights
 
 
-def meta_options(options: TrainOptions, inner_steps: int) -> TrainOptions:
-    """A recipe for meta-training: clips of two frames at least, a warm-up that is a tenth of it at most, and last.pt
-    written after as many gradients as otherwise."""
+def meta_options(options: TrainOptions, inner_steps: int, share: float = 1.0) -> TrainOptions:
+    """A recipe for meta-training: clips of two frames at least, a warm-up that is a tenth of it at most, last.pt
+    written after as many gradients as otherwise, and a share of the learning rates."""
     frames = max(LEAST_FRAMES, options.clip_frames)
-    support = max(LEAST_FRAMES, options.support_frames or frames)
-    warmup = min(options.warmup, options.steps // 10) if options.steps else options.warmup
-    every = max(1, options.save_every // (inner_steps + 1))
-    return replace(options, clip_frames=frames, support_frames=support, warmup=warmup, save_every=every)
+    return replace(
+        options,
+        clip_frames=frames,
+        support_frames=max(LEAST_FRAMES, options.support_frames or frames),
+        warmup=min(options.warmup, options.steps // 10) if options.steps else options.warmup,
+        save_every=max(1, options.save_every // (inner_steps + 1)),
+        lr=share * options.lr,
+        lr_backbone=share * options.lr_backbone,
+        lr_text=share * options.lr_text,
+    )
 
 
 def draw(source: EpisodeSource, step: int) -> list[tuple[Shot, Shot]]:

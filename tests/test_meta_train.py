@@ -81,6 +81,7 @@ def test_it_writes_an_ordinary_checkpoint(place: Path, tmp_path: Path) -> None:
     wanted = "--meta anil --inner-steps 1 --inner-lr 0.001 --second-order --steps 2 --init cma-builtin-1"
     assert record["command"].endswith(wanted)
     assert record["steps"] == 2
+    assert record["options"]["lr"] == pytest.approx(1e-4)  # a tenth, since it starts from a trained checkpoint
     assert len(record["loss_curve"]["loss_support_first"]) == 1
     assert record["base_categories"] == sorted(base_categories(load_split("builtin"), "1"))
     assert not meta.rates_path(weights).exists()
