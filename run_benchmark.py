@@ -88,9 +88,9 @@ def _command(commands, name: str, call, summary: str, **kwargs) -> Parser:
 
 def _demo(commands) -> None:
     demo = _command(commands, "demo", call_demo, "CMA and the controls on the built-in data: tables and a picture")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of runs, tables and picture")
+    demo.add_argument("--out", type=Path, help="folder of runs, tables, picture (default runs/demo, runs/leaderboard)")
     demo.add_argument("--draws", type=int, default=1, help="support draws asked, of five (default %(default)s)")
-    demo.add_argument("--queries", type=int, help="asked per episode, evenly spaced (default all; leaderboard 8)")
+    demo.add_argument("--queries", type=int, help="asked per episode, evenly spaced (default 12; leaderboard 6)")
     demo.add_argument("--leaderboard", action="store_true", help="every method and adaptation that is shipped")
     demo.add_argument("--retrain", action="store_true", help="train the shipped checkpoints again first (hours)")
 
@@ -257,7 +257,8 @@ def _speed(commands) -> None:
 def call_demo(o: argparse.Namespace) -> int:
     from fewref.benchmark.demo import demo
 
-    return demo(o.out, o.draws, o.leaderboard, o.retrain, o.queries)
+    out = o.out or Path("runs/leaderboard" if o.leaderboard else "runs/demo")
+    return demo(out, o.draws, o.leaderboard, o.retrain, o.queries)
 
 
 def call_run(o: argparse.Namespace) -> int:

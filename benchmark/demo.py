@@ -23,7 +23,7 @@ from fewref.methods.shipped import shipped_folder, shipped_names
 
 DATASET, GROUPS, METHOD = "builtin", ("1", "2", "3", "4"), "cma"
 PICTURED = ("copy-support", METHOD)
-QUERIES = 8  # of the leaderboard, per episode
+QUERIES, LEADERBOARD_QUERIES = 12, 6  # asked per episode: minutes on two cores
 CONTROLS = tuple({"method": name} for name in METHODS if load_method(name).info.kind == "control")
 ASKED = (
     *CONTROLS,
@@ -45,8 +45,8 @@ def demo(
     """Evaluate on the first `draws` of five support draws, write tables and picture.png to `out`, print the tables.
 
     leaderboard: ask every method with and without fine-tuning, prototypes and all ablations. retrain: make the
-    checkpoints again first, below `out`/train, and use these. queries: asked per episode; None asks all, or `QUERIES`
-    for the leaderboard. What lacks a checkpoint is left out with a line on stderr.
+    checkpoints again first, below `out`/train, and use these. queries: asked per episode; None asks `QUERIES`, or
+    `LEADERBOARD_QUERIES`. What lacks a checkpoint is left out with a line on stderr.
     Returns 3 where queries failed. Raises InputError for bad options and unwritable places.
     """
     index = open_dataset(DATASET, None)
@@ -58,9 +58,9 @@ def demo(
             **row,
             dataset=DATASET,
             group=group,
-            weights=trained.get((row["method"], group)) if row.get("adapt") not in META else None,
+            weights=None if row.get("adapt") in META else trained.get((row["method"], group)),
             draws=draws,
-            queries=queries or (QUERIES if leaderboard else None),
+            queries=queries if queries is not None else LEADERBOARD_QUERIES if leaderboard else QUERIES,
             out=Path(out) / "runs",
             workers=0,
         )

@@ -2,8 +2,9 @@
 
 import pytest
 
+from fewref.benchmark import demo
 from fewref.benchmark.commands import RunOptions, run_folder, run_groups
-from fewref.benchmark.demo import ABLATIONS, ASKED, leaderboard_rows, possible
+from fewref.benchmark.demo import ABLATIONS, ASKED, leaderboard_rows, meta_rows, possible
 from fewref.benchmark.matrix import run_all
 from fewref.benchmark.store import COSTS, read_rows
 from fewref.episodes.errors import InputError
@@ -57,3 +58,9 @@ def test_the_leaderboard_has_every_method_with_and_without_fine_tuning(capsys, m
     assert len(lines) == len(rows) - len(kept)
     assert any(line.startswith("left out: referformer + finetune: no checkpoint") for line in lines)
     assert not [row for row in possible(rows, ("1", "2", "3")) if row["method"] in networks]
+
+
+def test_meta_learned_rows_need_a_checkpoint_of_every_group(monkeypatch):
+    monkeypatch.setattr(demo, "shipped_names", lambda: ("cma-builtin-1", "cma+maml-builtin-1", "cma+anil-builtin-2"))
+    assert meta_rows(("1",)) == [{"method": "cma", "adapt": "maml"}]
+    assert meta_rows(("1", "2")) == []
