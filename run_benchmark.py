@@ -11,8 +11,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def _import_this_checkout() -> None:
-    """As a script: take this folder off the import path, where `kernels` and others would hide distributions of those
-    names, and make `fewref` this very checkout, installed or not."""
+    """As a script: take this folder off the import path, where it would hide a distribution called `kernels`, and make
+    `fewref` this very checkout, installed or not."""
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
     if "fewref" not in sys.modules:
         spec = importlib.util.spec_from_file_location(
@@ -169,7 +169,8 @@ def _train(commands) -> None:
     train.add_argument("--config", default="tiny", help="tiny, paper or a JSON file (default %(default)s)")
     train.add_argument("--out", type=Path, help="folder (default runs/train/<method>-<dataset>-<group>)")
     train.add_argument("--init", help="checkpoint to start from, file or shipped name (upstream: one of ReferFormer)")
-    train.add_argument("--steps", type=int, help="stop after that many steps, the schedule unchanged")
+    train.add_argument("--steps", type=int, help="stop after that many, the schedule unchanged (--meta: its length)")
+    train.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="as lr=1e-3; repeatable")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N; torchrun uses all")
     train.add_argument("--no-resume", action="store_true", help="begin anew although the folder holds a training")
@@ -274,12 +275,14 @@ def call_run(o: argparse.Namespace) -> int:
 
 def call_train(o: argparse.Namespace) -> int:
     from fewref.benchmark.commands import train_group
+    from fewref.benchmark.inputs import named_values
     from fewref.methods.shipped import named_file
 
-    label = f"{o.method}+{o.meta}" if o.meta else o.method
+    label = o.method + (f"+{o.meta}" if o.meta else "")
     names = ["method", "dataset", "data_root", "group", "config", "seed", "steps", "device"]
     values = {name: getattr(o, name) for name in names}
-    values |= {"init": named_file(o.init, "--init") if o.init else None, "resume": not o.no_resume}
+    values |= {"resume": not o.no_resume, "changes": named_values("--option", o.option)}
+    values["init"] = named_file(o.init, "--init") if o.init else None
     values["out"] = o.out or Path("runs/train") / f"{label}-{o.dataset}-{o.group}"
     if o.meta:
         from fewref.benchmark.meta_train import meta_train as train_group

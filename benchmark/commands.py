@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from fewref.benchmark.inputs import (
 )
 from fewref.benchmark.picture import write_picture
 from fewref.benchmark.protocol import get_protocol
+from fewref.benchmark.recipe import read_options
 from fewref.benchmark.rescore import score_stored
 from fewref.benchmark.runner import RunResult, run
 from fewref.benchmark.store import MANIFEST, read_header
 from fewref.benchmark.train import train
-from fewref.benchmark.training_record import base_videos, start_name, write_record
+from fewref.benchmark.training_record import base_videos, option_words, start_name, write_record
 from fewref.episodes import leakage
 from fewref.episodes.check import check_dataset
 from fewref.episodes.checksums import verify_checksums, write_checksums
@@ -177,15 +178,19 @@ def train_group(
     device: str = "auto",
     init: Path | None = None,
     resume: bool = True,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train a method on the base categories of one group; returns the path of the weights.
 
+    changes: fields of `TrainOptions` that differ from the configuration.
     Writes below `out` what `train` writes, and training.json: command, seed, configuration, categories, loss curve.
     Raises InputError for bad options and data.
     """
     device = choose_device(device)
     torch.manual_seed(seed)
     parts = load_method(method).training(config, init)
+    options = {**parts.options, **(changes or {})}
+    read_options(options)  # says at once what is wrong with them
     index = open_dataset(dataset, data_root)
     group, pools = base_videos(index, group)
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -193,13 +198,13 @@ def train_group(
     words += ["fewref", "train", "--method", method, "--dataset", dataset, "--group", group, "--config", config]
     words += ["--seed", str(seed)] + (["--steps", str(steps)] if steps else [])
     words += ["--init", start_name(init)] if init else []
-    command = " ".join(words)
+    command = " ".join(words + option_words(changes or {}))
     weights = train(
         network=parts.network,
         tokenizer=parts.tokenizer,
         index=index,
         pools=pools,
-        config=parts.options,
+        config=options,
         out=out,
         seed=seed,
         device=device,
@@ -209,7 +214,7 @@ def train_group(
         metadata={"command": command, "method": method, "config": config, "group": group},
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        write_record(Path(out), command=command, seed=seed, options=parts.options, index=index, pools=pools)
+        write_record(Path(out), command=command, seed=seed, options=options, index=index, pools=pools)
     return weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,6 +49,21 @@ def open_dataset(dataset: str, root: Path | None) -> DatasetIndex:
                 raise
     beneath = root / FOLDERS["pretrain" if pretraining else layout]
     return read_index(dataset, beneath if beneath.is_dir() else root)
+
+
+def named_values(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    """Values of a repeated option NAME=VALUE, in JSON. Raises InputError for what is none, and for a name twice."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            raise InputError(f"{option} {text}: give NAME=VALUE with the value in JSON, such as steps=20") from None
+        if name in values:
+            raise InputError(f"{option} {text}: {name} is given twice")
+        values[name] = parsed
+    return values
 
 
 def choose_groups(index: DatasetIndex, wanted: str) -> tuple[str, ...]:

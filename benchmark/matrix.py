@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import multiprocessing
 import os
 import signal
@@ -19,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from fewref.benchmark.commands import RunOptions, check_settings, chosen_episodes, run_groups
-from fewref.benchmark.inputs import open_dataset
+from fewref.benchmark.inputs import named_values, open_dataset
 from fewref.benchmark.protocol import get_protocol
 from fewref.benchmark.runner import RunResult
 from fewref.episodes.errors import InputError, near
@@ -216,15 +215,10 @@ def adapt_changes(lr: float | None, options: Sequence[str]) -> dict[str, Any]:
 
     Raises InputError, with near names, for what is no such field, and for a value that is not JSON.
     """
-    changes: dict[str, Any] = {} if lr is None else {"lr": lr}
-    for text in options:
-        name, _, value = text.partition("=")
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            raise InputError(f"--adapt-option {text}: give NAME=VALUE in JSON, such as augment=false") from None
-        if name in changes:
-            raise InputError(f"--adapt-option {text}: {name} is given twice")
-        changes[name] = parsed
+    changes = named_values("--adapt-option", options)
+    if lr is not None:
+        if "lr" in changes:
+            raise InputError("--adapt-option lr: is given by --adapt-lr, too; leave one away")
+        changes["lr"] = lr
     adapt_options("finetune", {}, changes)
     return changes

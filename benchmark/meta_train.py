@@ -21,7 +21,7 @@ from fewref.benchmark.inputs import choose_device, open_dataset
 from fewref.benchmark.recipe import TrainOptions, read_options, total_steps
 from fewref.benchmark.train import LossLog, Training, episode_source
 from fewref.benchmark.train_data import EpisodeSource
-from fewref.benchmark.training_record import base_videos, start_name, write_record
+from fewref.benchmark.training_record import base_videos, option_words, start_name, write_record
 from fewref.episodes.errors import InputError, near
 from fewref.episodes.transforms import ClipSample
 from fewref.episodes.types import Clip, Expression, Shot
@@ -56,12 +56,13 @@ def meta_train(
     device: str = "auto",
     init: Path | None = None,
     resume: bool = True,
+    changes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Meta-train a method on the base categories of one group; returns the path of the weights.
 
     meta: "maml", "anil" or "meta-sgd". inner_steps, inner_lr: those of the configuration for that strategy unless
     given. first_order: leave out second derivatives. steps: length of the training, which the schedule of the learning
-    rate follows; that of the configuration unless given.
+    rate follows; that of the configuration unless given. changes: as of `train_group`.
     Writes below `out` what `train` writes, training.json, and for "meta-sgd" weights.rates.safetensors.
     Raises InputError for bad options and data, a method without a training loss, and where learn2learn is missing.
     """
@@ -77,11 +78,12 @@ def meta_train(
     parts = cls.training(config, init)
     if not issubclass(cls, Trainable):
         raise InputError(f"--meta {meta}: method {method} has no loss of a support set; choose another method")
-    options = read_options({**parts.options, **({"steps": steps} if steps else {})})
+    changes = changes or {}
+    options = read_options({**parts.options, **changes, **({"steps": steps} if steps else {})})
     learner = cls(weights=UNTRAINED, config=config, device=device, precision=options.precision, seed=seed)
     learner.network = parts.network.to(device).train()
-    changes = {"steps": inner_steps, "lr": inner_lr, "first_order": first_order}
-    given = {name: value for name, value in changes.items() if value is not None}
+    inner = {"steps": inner_steps, "lr": inner_lr, "first_order": first_order}
+    given = {name: value for name, value in inner.items() if value is not None}
     adapt = replace(adapt_options(meta, learner.adapt_defaults.get(meta, {}), given), augment=False)
     options = meta_options(options, adapt.steps, START_SHARE if init else 1.0)
     trained_parameters(learner, adapt)  # says at once what cannot be adapted
@@ -98,6 +100,7 @@ def meta_train(
     words += f" --meta {meta} --inner-steps {adapt.steps} --inner-lr {adapt.lr:g}"
     words += "" if first_order else " --second-order"
     words += (f" --steps {steps}" if steps else "") + (f" --init {start_name(init)}" if init else "")
+    words = " ".join([words, *option_words(changes)])
     described = {"meta": meta, "inner_steps": adapt.steps, "inner_lr": adapt.lr, "first_order": adapt.first_order}
     entries = {"command": words, "method": method, "config": config, "group": group}
     run.write_weights(done, parts.tied, {**entries, **{name: str(value) for name, value in described.items()}})

@@ -32,6 +32,12 @@ def start_name(init: Path) -> str:
     return init.parent.name if init.name == "weights.safetensors" else init.name
 
 
+def option_words(changes: Mapping[str, Any]) -> list[str]:
+    """How changed training options are told on the command line."""
+    values = {name: json.dumps(value, separators=(",", ":")) for name, value in changes.items()}
+    return [word for name, value in values.items() for word in ("--option", f"{name}={value}")]
+
+
 def write_record(
     out: Path, *, command: str, seed: int, options: Mapping[str, Any], index: DatasetIndex, pools: Pools, **more: Any
 ) -> None:

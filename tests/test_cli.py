@@ -61,6 +61,8 @@ def refused(capsys, arguments: list[str]) -> str:
         (["run", "--method", "cma", "--shots", "1,two"], ("--shots", "1,two")),
         (["run", "--methods", "cma,coppy-support"], ("coppy-support", "copy-support")),
         (["train", "--method", "oracle"], ("oracle", "trained")),
+        (["train", "--option", "lrr=1"], ("lrr", "'lr'")),
+        (["train", "--option", "lr:1"], ("--option lr:1", "NAME=VALUE")),
         (["train", "--meta", "mamll"], ("mamll", "maml")),
         (["train", "--inner-steps", "3"], ("--inner-steps", "--meta")),
         (["table", ".", "--curve", "shots"], ("holds no run",)),
