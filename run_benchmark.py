@@ -278,12 +278,11 @@ def call_train(o: argparse.Namespace) -> int:
     from fewref.benchmark.inputs import named_values
     from fewref.methods.shipped import named_file
 
-    label = o.method + (f"+{o.meta}" if o.meta else "")
-    names = ["method", "dataset", "data_root", "group", "config", "seed", "steps", "device"]
-    values = {name: getattr(o, name) for name in names}
+    names = "method dataset data_root group config seed steps device"
+    values = {name: getattr(o, name) for name in names.split()}
     values |= {"resume": not o.no_resume, "changes": named_values("--option", o.option)}
     values["init"] = named_file(o.init, "--init") if o.init else None
-    values["out"] = o.out or Path("runs/train") / f"{label}-{o.dataset}-{o.group}"
+    values["out"] = o.out or Path("runs/train") / f"{'+'.join(filter(None, (o.method, o.meta)))}-{o.dataset}-{o.group}"
     if o.meta:
         from fewref.benchmark.meta_train import meta_train as train_group
 

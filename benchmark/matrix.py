@@ -199,8 +199,8 @@ def run_all(plans: Sequence[RunOptions], jobs: int, title: str) -> list[RunResul
                 results[started[job]] = job.result()
         except BrokenProcessPool:
             raise InputError("a process of the runs was killed, perhaps for memory; go on with --jobs 1") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException as error:
+            pool.shutdown(wait=isinstance(error, KeyboardInterrupt), cancel_futures=True)  # Ctrl-C ends the others, too
             raise
     return [result for number in sorted(results) for result in results[number]]
 
