@@ -6,13 +6,14 @@ With `leaderboard` every method that has shipped checkpoints, with and without a
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fewref.benchmark.commands import RunOptions, run_folder, train_group
 from fewref.benchmark.inputs import open_dataset
 from fewref.benchmark.matrix import called, check_possible, count_jobs, run_all
+from fewref.benchmark.meta_train import meta_train
 from fewref.benchmark.picture import write_picture
 from fewref.benchmark.results import load
 from fewref.benchmark.table import show, views, wide, write_tables
@@ -24,6 +25,11 @@ from fewref.methods.shipped import shipped_folder, shipped_names
 DATASET, GROUPS, METHOD = "builtin", ("1", "2", "3", "4"), "cma"
 PICTURED = ("copy-support", METHOD)
 QUERIES, LEADERBOARD_QUERIES = 12, 6  # asked per episode: minutes on two cores
+META_METHOD = "referformer"  # the one that is shipped meta-learned: without adapting it has no use for a support
+# How the shipped checkpoints were trained, where that is not the method's own pretraining and configuration.
+PRETRAINED = {"cma-self": "cma", "cma-base": "cma", "tf2": "referformer"}
+CHANGES = {"cma-self": {"steps": 700}, "cma-base": {"steps": 700}}
+META_STEPS = 150
 CONTROLS = tuple({"method": name} for name in METHODS if load_method(name).info.kind == "control")
 ASKED = (
     *CONTROLS,
@@ -51,14 +57,13 @@ def demo(
     """
     index = open_dataset(DATASET, None)
     chosen = possible(leaderboard_rows() if leaderboard else [*ASKED, *meta_rows(groups)], groups)
-    methods = sorted({row["method"] for row in chosen if load_method(row["method"]).info.needs_weights})
-    trained = retrained(out, groups, methods) if retrain else {}
+    trained = retrained(out, groups, chosen) if retrain else {}
     plans = [
         RunOptions(
             **row,
             dataset=DATASET,
             group=group,
-            weights=None if row.get("adapt") in META else trained.get((row["method"], group)),
+            weights=trained.get((checkpoint_of(row), group)),
             draws=draws,
             queries=queries if queries is not None else LEADERBOARD_QUERIES if leaderboard else QUERIES,
             out=Path(out) / "runs",
@@ -88,17 +93,18 @@ def leaderboard_rows() -> list[dict[str, Any]]:
     networks = [name for name in METHODS if {"method": name} not in CONTROLS]
     adapted = [{"method": name, "adapt": strategy} for name in networks for strategy in ("none", "finetune")]
     pooled = {"method": METHOD, "adapt": "prototype"}
-    return [*CONTROLS, *adapted, pooled, *meta_rows(GROUPS), *ASKED[len(CONTROLS) + 1 :], *ABLATIONS]
+    return [*CONTROLS, *adapted, pooled, *meta_rows(GROUPS)[1:], *ASKED[len(CONTROLS) + 1 :], *ABLATIONS]
 
 
 def meta_rows(groups: Sequence[str]) -> list[dict[str, Any]]:
-    """The meta-learned rows that have a shipped checkpoint for every group."""
+    """The meta-learned rows that have a checkpoint for every group, after the row of the same method without."""
     known = shipped_names()
-    return [
-        {"method": METHOD, "adapt": strategy}
+    learned = [
+        {"method": META_METHOD, "adapt": strategy}
         for strategy in META
-        if all(shipped_folder(f"{METHOD}+{strategy}", DATASET, group).name in known for group in groups)
+        if all(shipped_folder(f"{META_METHOD}+{strategy}", DATASET, group).name in known for group in groups)
     ]
+    return [{"method": META_METHOD}, *learned] if learned else []
 
 
 def possible(rows: Sequence[dict[str, Any]], groups: Sequence[str]) -> list[dict[str, Any]]:
@@ -114,17 +120,32 @@ def possible(rows: Sequence[dict[str, Any]], groups: Sequence[str]) -> list[dict
     return kept
 
 
-def retrained(out: Path, groups: tuple[str, ...], methods: Sequence[str]) -> dict[tuple[str, str], str]:
-    """Train as the shipped checkpoints were: once on the pretraining set, from there on each group's base categories.
+def checkpoint_of(row: Mapping[str, Any]) -> str:
+    """Whose checkpoint a row uses: its method's, or that of method and strategy where it is meta-learned."""
+    strategy = row.get("adapt", "none")
+    return f"{row['method']}+{strategy}" if strategy in META else row["method"]
 
-    Returns (method, group) -> weights, below `out`/train. A training that was stopped goes on.
+
+def retrained(out: Path, groups: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Train as the shipped checkpoints were: on the pretraining set, from there on each group's base categories, and
+    from there once more for what is meta-learned.
+
+    Returns (`checkpoint_of` a row, group) -> weights, below `out`/train. A training that was stopped goes on.
     """
     folder, found = Path(out) / "train", {}
-    for method in methods:
-        common = {"method": method, "data_root": None, "config": "tiny", "seed": 0}
-        pretraining = folder / f"{method}-builtin-pretrain-none"
-        start = train_group(**common, dataset="builtin-pretrain", group="none", out=pretraining)
+    wanted = {checkpoint_of(row) for row in rows if load_method(row["method"]).info.needs_weights}
+    for name in sorted(wanted):
+        method, _, meta = name.partition("+")
+        first = PRETRAINED.get(method, method)
+        common = {"data_root": None, "config": "tiny", "seed": 0}
+        pretraining = {"method": first, "dataset": "builtin-pretrain", "group": "none"}
+        start = train_group(**pretraining, **common, out=folder / f"{first}-builtin-pretrain-none")
         for group in groups:
+            common |= {"method": method, "dataset": DATASET, "group": group}
             where = folder / f"{method}-{DATASET}-{group}"
-            found[method, group] = str(train_group(**common, dataset=DATASET, group=group, init=start, out=where))
+            weights = train_group(**common, init=start, changes=CHANGES.get(method), out=where)
+            if meta:
+                where = folder / f"{name}-{DATASET}-{group}"
+                weights = meta_train(**common, meta=meta, steps=META_STEPS, init=weights, out=where)
+            found[name, group] = str(weights)
     return found

@@ -1,5 +1,7 @@
 """The demo's parts: runs planned over several processes equal runs made here, and errors come through."""
 
+from pathlib import Path
+
 import pytest
 
 from fewref.benchmark import demo
@@ -7,7 +9,7 @@ from fewref.benchmark.commands import RunOptions, run_folder, run_groups
 from fewref.benchmark.demo import ABLATIONS, ASKED, leaderboard_rows, meta_rows, possible
 from fewref.benchmark.matrix import run_all
 from fewref.benchmark.store import COSTS, read_rows
-from fewref.episodes.errors import InputError
+from fewref.episodes.errors import InputError, read_json
 from fewref.methods import shipped
 from fewref.methods.registry import METHODS, load_method
 
@@ -61,6 +63,31 @@ def test_the_leaderboard_has_every_method_with_and_without_fine_tuning(capsys, m
 
 
 def test_meta_learned_rows_need_a_checkpoint_of_every_group(monkeypatch):
-    monkeypatch.setattr(demo, "shipped_names", lambda: ("cma-builtin-1", "cma+maml-builtin-1", "cma+anil-builtin-2"))
-    assert meta_rows(("1",)) == [{"method": "cma", "adapt": "maml"}]
+    known = ("referformer-builtin-1", "referformer+maml-builtin-1", "referformer+anil-builtin-2")
+    monkeypatch.setattr(demo, "shipped_names", lambda: known)
+    assert meta_rows(("1",)) == [{"method": "referformer"}, {"method": "referformer", "adapt": "maml"}]
     assert meta_rows(("1", "2")) == []
+
+
+def test_retraining_repeats_how_the_shipped_checkpoints_were_made(tmp_path, monkeypatch):
+    """Every shipped record names the same start and the same changes as the chain that makes it again."""
+    made = {}
+
+    def trained(*, out, init=None, changes=None, meta="", steps=None, **_):
+        made[out.name] = (init.name if init else None, changes, meta, steps)
+        return out
+
+    monkeypatch.setattr(demo, "train_group", trained)
+    monkeypatch.setattr(demo, "meta_train", trained)
+    rows = [*({"method": name} for name in METHODS), {"method": "referformer", "adapt": "maml"}, {"method": "cma"}]
+    monkeypatch.setitem(METHODS, "tf2-released", METHODS["empty"])  # has no checkpoint of its own
+    found = demo.retrained(tmp_path, ("1", "2", "3", "4"), rows)
+    assert {Path(path).name for path in found.values()} | set(shipped.shipped_names()) == set(made)
+    for name in shipped.shipped_names():
+        record = read_json(shipped.CHECKPOINTS / name / "training.json")
+        start, changes, meta, steps = made[name]
+        words = record["command"].split()
+        assert (words[words.index("--init") + 1] if "--init" in words else None) == start, name
+        assert [word for word in words if "=" in word] == [f"{k}={v}" for k, v in (changes or {}).items()], name
+        assert (words[words.index("--meta") + 1] if "--meta" in words else "") == meta, name
+        assert (int(words[words.index("--steps") + 1]) if "--steps" in words else None) == steps, name
