@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from fewref.episodes.errors import InputError
-from fewref.episodes.readers import read_index
-from fewref.episodes.sampler import training_pools
-from fewref.episodes.synthetic import CATEGORIES, FOLDERS, write_synthetic
+from fewref.episodes.synthetic import CATEGORIES
 from fewref.episodes.synthetic_scene import COLOURS
 from fewref.episodes.synthetic_text import NUMBERS, RELATIONS, WORDS
 from fewref.episodes.types import SupportSet
@@ -19,8 +17,8 @@ from fewref.methods.check import check_method, make_case
 from fewref.methods.cma.adapter import CMA, CMABase, CMASelf
 from fewref.methods.cma.inference import masks_at
 from fewref.methods.network_config import CONFIGS, build_tokenizer, read_config
-from fewref.methods.shipped import CHECKPOINTS, find_weights, shipped_names
-from fewref.methods.weights import load_checkpoint, read_metadata
+from fewref.methods.shipped import find_weights, shipped_names
+from fewref.methods.weights import load_checkpoint
 
 VARIANTS = (CMA, CMASelf, CMABase)
 
@@ -127,32 +125,6 @@ def test_the_tiny_vocabulary_has_attributes_but_no_category():
     for names in CATEGORIES.values():
         for name in names:
             assert set(tokenizer([name.replace("_", " ")])[0][0, 1:-1].tolist()) == {unknown}, name
-
-
-@pytest.mark.parametrize("group", ["1", "2", "3", "4"])
-def test_shipped_checkpoints(group):
-    path = find_weights("cma", None, "tiny", "builtin", group)
-    assert path.stat().st_size < 6_000_000
-    assert read_metadata(path)["group"] == group
-    record = json.loads((path.parent / "training.json").read_text())
-    assert f"fewref train --method cma --dataset builtin --group {group} --config tiny" in record["command"]
-    assert record["command"].endswith("--init cma-builtin-pretrain-none")
-    assert record["loss_curve"]["total"][-1] < record["loss_curve"]["total"][0]
-    assert CMA(weights=path).parameters() == sum(p.numel() for p in CMA.build(read_config("cma", "tiny")).parameters())
-
-
-def test_shipped_checkpoints_were_trained_on_other_categories(tmp_path):
-    """Base categories of the group alone, and before them looks that no benchmark has."""
-    write_synthetic(tmp_path / "data", layouts=("youtube",))
-    index = read_index("builtin", tmp_path / "data" / FOLDERS["youtube"])
-    for group, novel in index.split().groups.items():
-        record = json.loads((CHECKPOINTS / f"cma-builtin-{group}" / "training.json").read_text())
-        assert record["metadata_hash"] == index.metadata_hash()
-        assert record["base_categories"] == sorted(training_pools(index, index.split(), group))
-        assert not set(record["base_categories"]) & set(novel)
-    start = json.loads((CHECKPOINTS / "cma-builtin-pretrain-none" / "training.json").read_text())
-    assert sorted(start["base_categories"]) == sorted(CATEGORIES["pretrain"])
-    assert not set(CATEGORIES["pretrain"]) & set(CATEGORIES["youtube"])
 
 
 def test_a_training_starts_from_the_shipped_weights():
