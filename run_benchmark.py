@@ -90,7 +90,7 @@ def _demo(commands) -> None:
     demo = _command(commands, "demo", call_demo, "CMA and the controls on the built-in data: tables and a picture")
     demo.add_argument("--out", type=Path, help="folder of runs, tables, picture (default runs/demo, runs/leaderboard)")
     demo.add_argument("--draws", type=int, default=1, help="support draws asked, of five (default %(default)s)")
-    demo.add_argument("--queries", type=int, help="asked per episode, evenly spaced (default 12; leaderboard 6)")
+    demo.add_argument("--queries", type=int, help="asked per episode, evenly spaced (default 12; leaderboard 8)")
     demo.add_argument("--leaderboard", action="store_true", help="every method and adaptation that is shipped")
     demo.add_argument("--retrain", action="store_true", help="train the shipped checkpoints again first (hours)")
 

@@ -32,7 +32,7 @@ HIDDEN = ["ablation", "settings", "identity", "takes_steps", "weights"]  # colum
 PANEL = ["dataset", "protocol", "scoring"]
 NUMBERS = ["j", "f", "jf", "low", "high", "spread", "groups", "draws", "queries", "failed", "seconds_adapt"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#000000", "#B8A900")
-MARKERS = "osD^v<>Ph*"
+MARKERS, DASHES = "osD^v<>Ph*", ("-", "--", "-.", (0, (1, 1)))
 ASIDE = 1.5  # points between the bars of two lines
 WIDE = 8  # largest number over smallest, from which on the axis is logarithmic
 SIZE, LEGEND, DPI, WRAP = (5.6, 4.2), 2.6, 150, 95  # inches of a panel, inches beside the last one, letters of a line
@@ -133,6 +133,7 @@ def _points(
         rows = rows[(rows["dataset"] == line["dataset"]) & (rows["episodes"] == line["episodes"])]
         run = known[rows["folder"].iloc[0]]
         line |= {name: run[name] for name in ("protocol", "settings", "identity", "takes_steps")} | {by: run["number"]}
+        line["entry"] += (" (transductive)" if line["transductive"] else "") + (" *" if line["missing"] else "")
         line["groups"] = " ".join(sorted(rows["group"].unique()))
         line["weights"] = canonical_json(sorted(set(rows["group"] + " " + rows["checkpoint"])))
         names = [*PANEL, "entry", "method", "adaptation", by, *NUMBERS, *HIDDEN]
@@ -143,7 +144,8 @@ def _points(
 def draw(points: pd.DataFrame, by: str) -> Figure:
     """The figure of `curve_points`: a panel for each dataset, protocol and scoring, a line for each entry."""
     panels = list(points.groupby(PANEL, sort=True))
-    entries, methods = sorted(points["entry"].unique()), sorted(points["method"].unique())
+    looks = {"color": ("method", COLOURS), "marker": ("entry", MARKERS), "linestyle": ("adaptation", DASHES)}
+    values = {name: sorted(points[name].unique()) for name, _ in looks.values()}
     width = len(panels) * SIZE[0] + LEGEND
     figure = Figure(figsize=(width, SIZE[1] + 0.9), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -151,16 +153,16 @@ def draw(points: pd.DataFrame, by: str) -> Figure:
         place.set_title("\n".join([f"{names[0]}, scoring: {names[2]}", *textwrap.wrap(names[1], 80)]), fontsize=8.5)
         lines = lines_of(panel, by)
         for number, (entry, line) in enumerate(lines):
-            style = {
-                "color": COLOURS[methods.index(line["method"].iloc[0]) % len(COLOURS)],
-                "marker": MARKERS[entries.index(entry) % len(MARKERS)],
-            }
+            first = line.iloc[-1]  # the point at 0 is of another entry
+            style = {key: kinds[values[name].index(first[name]) % len(kinds)] for key, (name, kinds) in looks.items()}
             _draw_line(place, entry, line, by, style, ASIDE * (number - (len(lines) - 1) / 2))
         _set_axes(place, panel, by)
-    handles = {
-        label: handle for place in axes for handle, label in zip(*place.get_legend_handles_labels(), strict=True)
-    }
-    axes[-1].legend(handles.values(), handles.keys(), loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    shown = [place.get_legend_handles_labels() for place in axes]
+    legend = {label: handle for handles, labels in shown for handle, label in zip(handles, labels, strict=True)}
+    highest = points.groupby("entry")["jf"].max()
+    labels = sorted(legend, key=lambda label: (-highest[label], label))
+    side = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5), "frameon": False}
+    axes[-1].legend([legend[label] for label in labels], labels, **side)
     said = textwrap.wrap(f"{BARS} {CAPTIONS[by]}", round(width * WRAP / SIZE[0] * 0.85))
     figure.supxlabel("\n".join(said), fontsize=8, color="#555555", x=0.01, horizontalalignment="left")
     return figure
@@ -188,7 +190,7 @@ def _draw_line(axes: Axes, entry: str, line: pd.DataFrame, by: str, style: dict[
     values = 100 * line[["jf", "low", "high"]].to_numpy(float)
     bars = np.abs(values[:, 1:] - values[:, :1]).T
     if by == "steps" and not line["takes_steps"].any():
-        axes.axhline(values[0, 0], linestyle=":", linewidth=1.2, color=style["color"], label=entry)
+        axes.axhline(values[0, 0], linestyle=(0, (1, 3)), linewidth=1.2, color=style["color"], label=entry)
         return
     shift = ScaledTranslation(aside / 72, 0, axes.figure.dpi_scale_trans)
     options = {"capsize": 2, "linewidth": 1.6, "elinewidth": 0.9, "markersize": 5, "label": entry}

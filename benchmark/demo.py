@@ -24,7 +24,7 @@ from fewref.methods.shipped import shipped_folder, shipped_names
 
 DATASET, GROUPS, METHOD = "builtin", ("1", "2", "3", "4"), "cma"
 PICTURED = ("copy-support", METHOD)
-QUERIES, LEADERBOARD_QUERIES = 12, 6  # asked per episode: minutes on two cores
+QUERIES, LEADERBOARD_QUERIES = 12, 8  # asked per episode: minutes on two cores
 META_METHOD = "referformer"  # the one that is shipped meta-learned: without adapting it has no use for a support
 # How the shipped checkpoints were trained, where that is not the method's own pretraining and configuration.
 PRETRAINED = {"cma-self": "cma", "cma-base": "cma", "tf2": "referformer"}

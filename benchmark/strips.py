@@ -16,6 +16,7 @@ from fewref.episodes.load import load_query, load_shot, load_truth
 from fewref.episodes.manifest import Manifest, check_matches, read_manifest
 from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.types import Episode, Query, Shot, Target
+from fewref.methods.adaptation.options import TRANSDUCTIVE
 
 RULE = (
     "Which query: among those that every run of a strip has finished, the one with the smallest SHA-256 of "
@@ -172,14 +173,16 @@ def _scores(row: Row, scoring: str) -> tuple[str, str]:
 
 
 def _labels(headers: Sequence[dict]) -> list[tuple[str, tuple[str, ...]]]:
-    """Per run the method's name and what else tells it from the others."""
+    """Per run the method's name with its adaptation, and what else tells it from the others."""
     labels = []
     for header in headers:
         defines = header["defines"]
         notes = [f"{name}: {defines[name]}" for name in ("text", "support") if defines[name] != "right"]
         notes += ["sees the truth"] if defines["sees_truth"] else []
         notes += ["untrained"] if defines["checkpoint_sha256"] == "untrained" else []
-        labels.append((defines["method"], tuple(notes)))
+        strategy = (defines.get("adaptation") or {}).get("strategy", "none")
+        notes += ["transductive"] if strategy in TRANSDUCTIVE else []
+        labels.append((defines["method"] + (f" + {strategy}" if strategy != "none" else ""), tuple(notes)))
     twice = Counter(labels)
     return [
         (label[0], (*label[1], f"run {header['run']}") if twice[label] > 1 else label[1])

@@ -127,6 +127,15 @@ def test_files_repeat_byte_for_byte_in_any_order(by_steps, tmp_path):
     assert {"weights", "identity"}.isdisjoint(written.columns)
 
 
+def test_what_is_transductive_or_unfinished_is_marked(tmp_path):
+    manifest, folders = make_manifest("1"), []
+    for steps, keep in ((1, None), (5, 40)):
+        options = {"keep": keep, **adapted("self-train", steps=steps)}
+        folders.append(write_run(tmp_path / str(steps), manifest, noisy("s"), "m", **options))
+    found = curve_points(folders, "steps", partial=True)
+    assert found["entry"].tolist() == ["m + self-train (transductive)", "m + self-train (transductive) *"]
+
+
 def test_refusals(by_steps, by_shots, tmp_path):
     def only(*names: str) -> list:
         return [folder for folder in by_steps if folder.parent.name in names]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fewref.benchmark import picture
+from fewref.benchmark import picture, strips
 from fewref.benchmark.picture import ANSWER, BLACK, FADE, OUTLINE, TINT, TRUTH, draw, fit, overlay, wrap, write_picture
 from fewref.benchmark.runner import run
 from fewref.benchmark.strips import Band, Section, Strip, choose, collect, shown
@@ -376,3 +376,15 @@ def test_damaged_predictions_are_refused(runs, tmp_path):
 def test_a_picture_beyond_the_rasteriser_is_refused():
     with pytest.raises(InputError, match="too large; give fewer runs"):
         draw([made_up("a dog", (12, 10))] * 180, "caption")
+
+
+def test_labels_name_the_adaptation():
+    plain = {"method": "cma", "text": "right", "support": "right", "sees_truth": False, "checkpoint_sha256": "5"}
+    strategies = (None, {"strategy": "finetune"}, {"strategy": "self-train"})
+    headers = [{"run": "1", "defines": {**plain, "adaptation": strategy}} for strategy in strategies]
+    assert strips._labels([*headers, headers[1]]) == [
+        ("cma", ()),
+        ("cma + finetune", ("run 1",)),
+        ("cma + self-train", ("transductive",)),
+        ("cma + finetune", ("run 1",)),
+    ]
