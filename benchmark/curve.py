@@ -113,7 +113,7 @@ def _run(defines: dict[str, Any], by: str) -> dict[str, Any]:
     return {
         "number": number,
         "takes_steps": takes_steps,
-        "protocol": describe_episodes(dict(sorted(protocol.items()))),
+        "protocol": describe_episodes(protocol),
         "identity": canonical_json([settings, adaptation]),
         "settings": canonical_json(settings),
     }

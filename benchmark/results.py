@@ -108,7 +108,9 @@ def adaptation_columns(options: dict[str, Any]) -> dict[str, Any]:
 def describe_episodes(protocol: dict[str, Any]) -> str:
     """An episode protocol in words: its name and, in parentheses, its parameters."""
     shown = [
-        f"{name} {value}" for name, value in protocol.items() if name != "name" and (name, value) != ("episodes", 0)
+        f"{name} {value}"
+        for name, value in sorted(protocol.items())
+        if name != "name" and (name, value) != ("episodes", 0)
     ]
     return f"{protocol['name']} ({', '.join(shown).replace('_', ' ')})"
 
