@@ -168,10 +168,12 @@ def check_lists(lists: Lists, base: RunOptions) -> None:
 
 
 def check_possible(method: str, strategy: str, base: RunOptions, groups: Sequence[str] = ()) -> None:
-    """Raises InputError where a method does not support a strategy, or has no checkpoint for one of the groups."""
+    """Raises InputError where a method does not support a strategy, has no support, or no checkpoint for a group."""
     cls = load_method(method)
     if strategy not in supported(cls):
         raise InputError(f"--adapt {strategy}: method {method} has no training loss; it supports none alone")
+    if strategy != "none" and base.support == "none":
+        raise InputError(f"--adapt {strategy}: --support none leaves nothing to adapt to; leave one of them away")
     if strategy in META and importlib.util.find_spec("learn2learn") is None:
         raise InputError(f"--adapt {strategy}: learn2learn is not installed; `make setup-meta` installs it")
     for group in groups if cls.info.needs_weights else ():

@@ -58,6 +58,7 @@ def refused(capsys, arguments: list[str]) -> str:
         (["run", "--method", "cma", "--adapt", "finetun"], ("finetun", "'finetune'")),
         (["run", "--method", "cma", "--adapt", "head", "--adapt-steps", "0"], ("--adapt-steps", "'0'", "1,5")),
         (["run", "--method", "cma", "--adapt", "head", "--adapt-option", "lrr=1"], ("lrr", "'lr'")),
+        (["run", "--method", "cma", "--adapt", "head", "--support", "none"], ("--adapt head", "--support none")),
         (["run", "--method", "cma", "--shots", "1,two"], ("--shots", "1,two")),
         (["run", "--methods", "cma,coppy-support"], ("coppy-support", "copy-support")),
         (["train", "--method", "oracle"], ("oracle", "trained")),
