@@ -29,7 +29,7 @@ META_METHOD = "referformer"  # the one that is shipped meta-learned: without ada
 # How the shipped checkpoints were trained, where that is not the method's own pretraining and configuration.
 PRETRAINED = {"cma-self": "cma", "cma-base": "cma", "tf2": "referformer"}
 CHANGES = {"cma-self": {"steps": 700}, "cma-base": {"steps": 700}}
-META_STEPS = 150
+META_STEPS = 100
 CONTROLS = tuple({"method": name} for name in METHODS if load_method(name).info.kind == "control")
 ASKED = (
     *CONTROLS,
