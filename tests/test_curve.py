@@ -120,9 +120,9 @@ def test_files_repeat_byte_for_byte_in_any_order(by_steps, tmp_path):
     text = first[1].read_text()
     assert text.rstrip().endswith("</svg>")
     assert "dc:date" not in text
-    written = pd.read_csv(first[2], float_precision="round_trip")
+    written = pd.read_csv(first[2])
     points = curve_points(by_steps, "steps")
-    assert written["jf"].tolist() == points["jf"].tolist()
+    assert written["jf"].tolist() == pytest.approx(points["jf"].tolist(), rel=1e-12)
     assert "oracle" not in first[2].read_text()
     assert {"weights", "identity"}.isdisjoint(written.columns)
 
