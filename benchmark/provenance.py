@@ -19,14 +19,14 @@ import torch
 import fewref
 from fewref.episodes.manifest import Manifest
 from fewref.episodes.types import canonical_json
-from fewref.kernels.dispatch import backend_in_use
+from fewref.kernels.dispatch import report
 from fewref.methods.adaptation.adapted import Adapted
 from fewref.methods.adaptation.meta import rates_path
 from fewref.methods.adaptation.options import AdaptOptions
 from fewref.methods.base import UNTRAINED, Method
 from fewref.methods.weights import sha256
 
-LIBRARIES = ("torch", "torchvision", "transformers", "timm", "numpy", "scipy", "pillow", "pycocotools")
+LIBRARIES = "torch torchvision transformers timm numpy numba triton scipy pillow pycocotools".split()
 PEAK_CUDA = "torch.cuda.max_memory_allocated of the query and its episode's adapt"
 PEAK_CPU = "ru_maxrss of the process so far"
 
@@ -75,7 +75,12 @@ def header(
     }
     if adapted and adapted.strategy == "meta-sgd":
         defines["rates_sha256"] = sha256(rates_path(Path(method.weights)))
-    made = {"format": 1, "run": run_id(defines), "defines": defines, "environment": environment(method.device)}
+    made = {
+        "format": 1,
+        "run": run_id(defines),
+        "defines": defines,
+        "environment": environment(method.device, method.precision),
+    }
     return made | ({"adapted_weights": list(adapted.names)} if adapted else {})
 
 
@@ -99,8 +104,11 @@ def checkpoint_sha256(method: Method) -> str | None:
     return sha256(Path(method.weights))
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Machine, versions and command line; `peak_memory` says how `Row.peak_bytes` was measured. Never fails."""
+def environment(device: str, precision: str = "fp32") -> dict[str, Any]:
+    """Machine, versions and command line; `peak_memory` says how `Row.peak_bytes` was measured.
+
+    kernels: what each operator runs on, see `kernels.dispatch`. Raises ValueError where a forced one cannot run.
+    """
     on_cuda = torch.device(device).type == "cuda"
     return {
         "git": git_state(Path(fewref.__file__).resolve().parent),
@@ -110,7 +118,7 @@ def environment(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda if on_cuda else None,
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "kernels": backend_in_use(),
+        "kernels": report(device, torch.bfloat16 if precision == "bf16" else torch.float32),
         "peak_memory": PEAK_CUDA if on_cuda else PEAK_CPU,
         "command": sys.argv,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -11,7 +11,6 @@ from torch.profiler import ProfilerActivity, profile
 from fewref.kernels import deformable_attention
 from fewref.kernels.affinity import affinity
 from fewref.kernels.deformable_attention import ms_deform_attn, sample_by_bags, sample_by_grid
-from fewref.kernels.dispatch import backend_in_use
 from fewref.kernels.dynamic_mask import aligned_bilinear, dynamic_mask_head, parameter_counts
 
 SHAPES = [(5, 7), (3, 4), (1, 2)]
@@ -143,7 +142,3 @@ def test_aligned_bilinear_keeps_a_linear_ramp() -> None:
     enlarged = aligned_bilinear(ramp, 2)
     assert enlarged.shape == (1, 1, 8, 12)
     torch.testing.assert_close(enlarged[0, 0, 0], torch.tensor([0, 0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5]))
-
-
-def test_backend_has_a_name() -> None:
-    assert backend_in_use() == "pytorch"

@@ -13,6 +13,7 @@ from fewref.benchmark import provenance
 from fewref.benchmark.protocol import PROTOCOLS, get_protocol
 from fewref.benchmark.scoring import get_scoring
 from fewref.episodes.errors import InputError
+from fewref.kernels.dispatch import report
 from fewref.methods.controls import Oracle, Random
 
 
@@ -50,7 +51,7 @@ def test_what_defines_a_run(small, tmp_path):
 def test_the_environment(small):
     found = made(small)["environment"]
     assert found["libraries"]["numpy"] == __import__("numpy").__version__
-    assert found["kernels"]
+    assert found["kernels"] == report("cpu")
     assert "ru_maxrss" in found["peak_memory"]
     assert found["threads"] >= 1
     assert found["command"]
