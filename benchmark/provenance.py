@@ -26,7 +26,18 @@ from fewref.methods.adaptation.options import AdaptOptions
 from fewref.methods.base import UNTRAINED, Method
 from fewref.methods.weights import sha256
 
-LIBRARIES = "torch torchvision transformers timm numpy numba triton scipy pillow pycocotools".split()
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "numpy",
+    "numba",
+    "triton",
+    "scipy",
+    "pillow",
+    "pycocotools",
+)
 PEAK_CUDA = "torch.cuda.max_memory_allocated of the query and its episode's adapt"
 PEAK_CPU = "ru_maxrss of the process so far"
 

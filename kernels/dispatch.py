@@ -36,9 +36,8 @@ _FORCED: ContextVar[str | None] = ContextVar("kernels", default=None)
 _TWICE = ContextVar("differentiable_twice", default=False)
 
 
-@torch.compiler.assume_constant_result
 def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.float32, backend: str | None = None) -> str:
-    """The backend that `op` runs on, one of `BACKENDS`; under torch.compile settled once, while the graph is made.
+    """The backend that `op` runs on, one of `BACKENDS`.
 
     A backend is forced by the argument, else by `using`, else by the variable FEWREF_KERNELS; otherwise it is the
     fastest one that is installed for the device and dtype. An operator without a form in a forced backend, or none for
