@@ -81,6 +81,21 @@ class Method(abc.ABC):
     def predict(self, query: Query) -> Prediction:
         """Answer one query (pixels loaded) under the support of the last `adapt`; changes nothing for the next one."""
 
+    def predict_clip(self, queries: Sequence[Query]) -> list[Prediction]:
+        """Answer several sentences about one clip, at least one: all queries have the same `clip` and share one array
+        of frames, which is to be left as it is. The answers are bit for bit those of `predict`, in the order asked.
+
+        Worth defining where something of a clip serves all of its sentences; nothing random may be drawn then, and no
+        method that `sees_truth` is called. Where `shares_clips` is false, queries are asked one by one.
+        """
+        return [self.predict(query) for query in queries]
+
+    @property
+    def shares_clips(self) -> bool:
+        """Whether `predict_clip` is a definition of its own, for the very `predict` that the method has."""
+        definer = next(cls for cls in type(self).__mro__ if not {"predict", "predict_clip"}.isdisjoint(vars(cls)))
+        return definer is not Method and "predict_clip" in vars(definer)
+
     def forget(self) -> None:
         """Drop what the last `adapt` left, changed weights too; called when an episode is over, also after an error."""
         return

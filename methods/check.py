@@ -12,6 +12,8 @@ from fewref.episodes.errors import InputError
 from fewref.episodes.types import Clip, Expression, Prediction, Query, Shot, SupportSet
 from fewref.methods.base import Method, MethodInfo
 
+SENTENCES = ("a dog", "the dog that moves to the right", "a dog")
+
 
 @dataclass(frozen=True)
 class Check:
@@ -84,6 +86,16 @@ def check_method(cls: type[Method], **options: object) -> list[Check]:
         answer(other, method, adapt=False)
         return same(before, answer(first, method, adapt=False), "the same query after another one differs")
 
+    def together() -> str:
+        method = cls(**options)
+        if not method.shares_clips:
+            return ""  # asked one by one
+        method.adapt(first.support)
+        queries = [dataclasses.replace(first.query, id=f"{number}", text=text) for number, text in enumerate(SENTENCES)]
+        alone, got = [method.predict(query) for query in queries], method.predict_clip(queries)
+        equal = len(got) == len(alone) and all(map(_equal, alone, got))
+        return "" if equal else "predict_clip differs from predict, one query after another"
+
     check("answers with a Prediction of this query", lambda: _kind(answer(first), first))
     check("masks: bool, one per frame, at the original size", lambda: _masks(answer(first), first))
     check("input masks: none, or bool and one per frame", lambda: _input_masks(answer(first), first))
@@ -94,6 +106,7 @@ def check_method(cls: type[Method], **options: object) -> list[Check]:
     check("asks for the truth only if it says so", lambda: _truth(cls))
     check("a second adapt forgets the first", refit)
     check("predict does not change the state", repeat)
+    check("sentences asked together get the answers that they get alone", together)
     shapes = {
         "an odd size, unlike the support's": _resized(second, first.support),
         "a clip of one frame": _cut(first, 1),
@@ -204,7 +217,7 @@ def _equal(one: Prediction, other: Prediction) -> bool:
         return left is right if left is None or right is None else np.array_equal(left, right)
 
     masks = same(one.masks, other.masks) and same(one.input_masks, other.input_masks)
-    return masks and one.confidence == other.confidence
+    return masks and (one.query, one.confidence) == (other.query, other.confidence)
 
 
 def _untouched(method: Method, case: Case) -> str:

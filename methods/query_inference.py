@@ -1,9 +1,10 @@
-"""From frames to mask logits, as ReferFormer and CMA test: short side resized, frames in chunks, a query per chunk."""
+"""From frames to mask logits, as ReferFormer and CMA test: short side resized, frames in windows, a query for each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +15,21 @@ from torch import Tensor
 from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.query_net import QueryMaps, QueryNet
 
+Ask = Callable[[QueryMaps, Tensor], dict]  # encoded windows (B) and their sizes, int (B,2), to the network's outputs
+
+
+class Chosen(NamedTuple):
+    """Of one window: mask logits float32 (T,h,w) of the chosen query, its index, and the scores float32 (Q,) of all."""
+
+    logits: Tensor
+    query: int
+    scores: Tensor
+
 
 @dataclass
 class ClipAnswer:
     """What the network says of a clip: logits float32 (T,h,w) of the chosen queries at stride 4; size: (H,W) of the
-    network's input; per chunk the chosen query and the mean probability of each query, scores float32 (chunks,Q)."""
+    network's input; per window the chosen query and the mean probability of each query, scores float32 (windows,Q)."""
 
     logits: Tensor
     size: tuple[int, int]
@@ -27,7 +38,7 @@ class ClipAnswer:
 
     @property
     def confidence(self) -> float:
-        """Mean over the chunks of the chosen query's probability, in [0,1]."""
+        """Mean over the windows of the chosen query's probability, in [0,1]."""
         return float(self.scores.amax(1).mean())
 
 
@@ -46,7 +57,7 @@ def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def select_query(logits: Tensor) -> tuple[int, Tensor]:
-    """Which query answers a chunk: logits (T,Q,1) -> its index, and the mean probability over the frames, (Q,)."""
+    """Which query answers a window: logits (T,Q,1) -> its index, and the mean probability over the frames, (Q,)."""
     scores = logits.float().sigmoid().mean(0).amax(-1)
     return int(scores.argmax()), scores
 
@@ -63,29 +74,41 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.inference_mode()
 def answer_clip(
-    net: QueryNet,
-    frames: np.ndarray,
-    ask: Callable[[QueryMaps, Tensor], dict],
-    *,
-    chunk: int = 10,
-    short_side: int = 360,
-) -> ClipAnswer:
-    """Segment one clip: frames uint8 (T,3,H,W).
+    net: QueryNet, frames: np.ndarray, asks: Sequence[Ask], *, chunk: int = 10, short_side: int = 360
+) -> list[ClipAnswer]:
+    """Segment what each of several sentences names in one clip: frames uint8 (T,3,H,W).
 
-    The frames are cut into chunks of `chunk`, the last one shorter, and each is answered on its own. ask: encoded
-    chunk (B = 1) and its size, int (1,2), to the network's outputs. The network must be in eval mode.
+    The frames are cut into windows of `chunk`, the last one shorter, and each is answered on its own. A window is
+    encoded once; then one sentence is asked after the other, so that each gets the answer, bit for bit, that it gets
+    alone. Only the chosen masks are kept: beside them, memory does not grow with the clip. The network must be in eval
+    mode.
     """
-    device = next(net.parameters()).device
-    frames = resize_short_side(frames, short_side)
-    size = frames.shape[-2:]
-    sizes = torch.tensor([size], device=device)
-    logits, queries, scores = [], [], []
+    found: list[list[Chosen]] = [[] for _ in asks]
     for start in range(0, len(frames), chunk):
-        part = normalise(torch.tensor(frames[start : start + chunk], device=device))[None]
-        maps = net.encode_query(part, torch.zeros(part.shape[:2] + size, dtype=torch.bool, device=device))
-        output = ask(maps, sizes)
-        query, score = select_query(output["pred_logits"][0])
-        logits.append(output["pred_masks"][0, :, query].float())
-        queries.append(query)
-        scores.append(score)
-    return ClipAnswer(torch.cat(logits), size, queries, torch.stack(scores))
+        answers, size = _answer_window(net, resize_short_side(frames[start : start + chunk], short_side), asks)
+        for windows, answer in zip(found, answers, strict=True):
+            windows.append(answer)
+    return [
+        ClipAnswer(
+            torch.cat([window.logits for window in windows]),
+            size,
+            [window.query for window in windows],
+            torch.stack([window.scores for window in windows]),
+        )
+        for windows in found
+    ]
+
+
+def _answer_window(net: QueryNet, frames: np.ndarray, asks: Sequence[Ask]) -> tuple[list[Chosen], tuple[int, int]]:
+    """One window, frames uint8 (T,3,H,W) at the input size, which is returned too; nothing else of it stays."""
+    size = frames.shape[-2:]
+    clip = normalise(torch.tensor(frames, device=next(net.parameters()).device))[None]
+    maps = net.encode_query(clip, torch.zeros(clip.shape[:2] + size, dtype=torch.bool, device=clip.device))
+    sizes = torch.tensor([size], device=clip.device)
+    return [choose(ask(maps, sizes)) for ask in asks], size
+
+
+def choose(output: dict) -> Chosen:
+    """The answer among the network's outputs for one window (B = 1), in memory of its own."""
+    query, scores = select_query(output["pred_logits"][0])
+    return Chosen(output["pred_masks"][0, :, query].to(torch.float32, copy=True), query, scores)

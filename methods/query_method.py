@@ -22,8 +22,10 @@ from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.query_net import QueryNet
 from fewref.methods.network_config import NetworkConfig, build_network, build_tokenizer, read_config
 from fewref.methods.query_checkpoint import TIED, load_network, start_from
-from fewref.methods.query_inference import probabilities, resize_short_side
+from fewref.methods.query_inference import ClipAnswer, probabilities, resize_short_side
 from fewref.methods.text import TextFeatures
+
+CUT = 16  # frames whose masks are cut at once
 
 
 class Answer(Protocol):
@@ -37,7 +39,8 @@ class Answer(Protocol):
 
 
 class QueryMethod(Trainable):
-    """A `QueryNet` with its configuration and checkpoint. A subclass says how it adapts and predicts.
+    """A `QueryNet` with its configuration and checkpoint. A subclass says how it answers, and how it adapts, unless it
+    takes nothing from a support by itself: then only adaptation strategies use it.
 
     Raises InputError for an unknown configuration, a checkpoint which does not fit it, and for no checkpoint at all (an
     untrained network answers nothing).
@@ -70,6 +73,34 @@ class QueryMethod(Trainable):
     def build(cls, settings: NetworkConfig) -> QueryNet:
         """The network of a configuration, with fresh weights."""
         return build_network(settings, cls.net_class, **cls.net_options)
+
+    @abc.abstractmethod
+    def answer(self, query: Query) -> Answer:
+        """What the network says of a clip."""
+
+    def adapt(self, support: SupportSet) -> None:
+        """Nothing to take in."""
+
+    def predict(self, query: Query) -> Prediction:
+        """Masks bool (T,H,W) at the original size and at the network's; confidence of the chosen network queries."""
+        return self.prediction(query, self.answer(query))
+
+    def probabilities(self, query: Query) -> tuple[Tensor, float]:
+        """As `predict`, before the masks are cut."""
+        answer = self.answer(query)
+        return probabilities(answer.logits, query.frames.shape[-2:]), answer.confidence
+
+    def prediction(self, query: Query, answer: Answer) -> Prediction:
+        """The answer with its masks, cut some frames at a time: floats at the original size are many bytes."""
+        size = query.frames.shape[-2:]
+        parts = [self.cut(logits, answer.size, size) for logits in answer.logits.split(CUT)]
+        masks, at_input = (torch.cat(part).cpu().numpy() for part in zip(*parts, strict=True))
+        return Prediction(query.id, masks, answer.confidence, at_input)
+
+    def cut(self, logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Mask logits (T,h,w) -> masks bool (T,H,W) at the original size, and at the network's."""
+        at_size, at_input = (probabilities(logits, given) > 0.5 for given in (size, input_size))
+        return at_size, at_input
 
     def parameters(self) -> int:
         """Number of weights, frozen ones included."""
@@ -114,8 +145,8 @@ class QueryMethod(Trainable):
             return self.network.backbone_maps(clip[None])[1].float()
 
     def encode_text(self, sentence: str) -> TextFeatures:
-        """Features of one sentence (B = 1), written as in training: lower case, single blanks."""
-        ids, attention = self.tokenizer([" ".join(sentence.lower().split())])
+        """Features of one sentence (B = 1)."""
+        ids, attention = self.tokenizer([plain(sentence)])
         return self.network.encode_text(ids.to(self.device), attention.to(self.device))
 
     def autocast(self) -> torch.autocast:
@@ -124,24 +155,37 @@ class QueryMethod(Trainable):
         return torch.autocast(kind, torch.bfloat16, enabled=self.precision == "bf16")
 
 
-class SentenceMethod(QueryMethod):
-    """A query method that takes nothing from a support by itself: only adaptation strategies use it."""
+class ClipMethod(QueryMethod):
+    """A query method that encodes the frames of a clip once for all of its sentences."""
 
     @abc.abstractmethod
-    def answer(self, query: Query) -> Answer:
-        """What the network says of a clip."""
+    def answer_texts(self, frames: np.ndarray, texts: Sequence[TextFeatures]) -> list[ClipAnswer]:
+        """What the network says of frames uint8 (T,3,H,W), per sentence (B = 1 each)."""
 
-    def adapt(self, support: SupportSet) -> None:
-        """Nothing to take in."""
+    def answer(self, query: Query) -> ClipAnswer:
+        """What the network says of a clip."""
+        return self._answers([query])[0]
 
     def predict(self, query: Query) -> Prediction:
         """Masks bool (T,H,W) at the original size and at the network's; confidence of the chosen network queries."""
-        answer = self.answer(query)
-        sizes = (query.frames.shape[-2:], answer.size)
-        masks, at_input = ((probabilities(answer.logits, size) > 0.5).cpu().numpy() for size in sizes)
-        return Prediction(query.id, masks, answer.confidence, at_input)
+        return self.predict_clip([query])[0]
 
-    def probabilities(self, query: Query) -> tuple[Tensor, float]:
-        """As `predict`, before the masks are cut."""
-        answer = self.answer(query)
-        return probabilities(answer.logits, query.frames.shape[-2:]), answer.confidence
+    def predict_clip(self, queries: Sequence[Query]) -> list[Prediction]:
+        """As `predict`, every sentence in turn."""
+        answers = self._answers(queries)
+        return [self.prediction(query, answer) for query, answer in zip(queries, answers, strict=True)]
+
+    @torch.inference_mode()
+    def _answers(self, queries: Sequence[Query]) -> list[ClipAnswer]:
+        """Equal sentences are asked once."""
+        sentences = [plain(query.text) for query in queries]
+        asked = list(dict.fromkeys(sentences))
+        with self.autocast():
+            texts = [self.encode_text(sentence) for sentence in asked]
+            answers = dict(zip(asked, self.answer_texts(queries[0].frames, texts), strict=True))
+        return [answers[sentence] for sentence in sentences]
+
+
+def plain(sentence: str) -> str:
+    """A sentence as in training: lower case, single blanks."""
+    return " ".join(sentence.lower().split())

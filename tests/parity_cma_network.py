@@ -134,7 +134,7 @@ def check_episode_inference(case: dict, arrays: Arrays, folder: Path) -> None:
     )
     frames = arrays["in_query_frames"].transpose(0, 3, 1, 2)
     text = net.encode_text(*text_inputs(arrays, "query"))
-    answer = inference.answer_query(net, frames, text, support, chunk=chunk, short_side=short_side)
+    (answer,) = inference.answer_queries(net, frames, [text], support, chunk=chunk, short_side=short_side)
     prob, size = inference.input_probabilities(answer), answer.size
     expect("input_size", size)
     expect("query", answer.queries)

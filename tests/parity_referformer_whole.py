@@ -127,7 +127,8 @@ def check_pipeline(case: dict, arrays: Arrays, folder: Path) -> None:
         outputs.append(net(maps, None, sizes, text))
         return outputs[-1]
 
-    answer = answer_clip(net, arrays["frames"].transpose(0, 3, 1, 2), ask, chunk=t, short_side=min(height, width))
+    frames = arrays["frames"].transpose(0, 3, 1, 2)
+    (answer,) = answer_clip(net, frames, [ask], chunk=t, short_side=min(height, width))
     assert answer.size == (height, width)
     assert len(outputs) == 1
     expect("pred_logits", outputs[0]["pred_logits"])
@@ -176,7 +177,7 @@ def check_post_davis(case: dict, arrays: Arrays, folder: Path) -> None:
         arrays["pred_logits"], torch.from_numpy(arrays["pred_masks"].astype(np.float32)), strict=True
     ):
         net = Recorded(torch.from_numpy(logits), masks)
-        answer = answer_clip(net, frames, net.ask, chunk=case["constructor"]["clip_len"], short_side=min(size))
+        (answer,) = answer_clip(net, frames, [net.ask], chunk=case["constructor"]["clip_len"], short_side=min(size))
         at_size.append(resize(answer.logits, size).numpy())
     count = len(arrays["index_maps"])
     merged = [refdavis_merge(np.stack(at_size[annotator::count])) for annotator in range(count)]

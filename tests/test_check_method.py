@@ -112,6 +112,15 @@ class WindowBound(Good):
         return Prediction(query.id, masks)
 
 
+class FirstOnly(Good):
+    def predict(self, query):
+        return super().predict(query)
+
+    def predict_clip(self, queries):
+        answer = self.predict(queries[0])
+        return [dataclasses.replace(answer, query=query.id, confidence=1 / len(query.text)) for query in queries]
+
+
 BROKEN = [
     (Floats, "masks: bool, one per frame, at the original size"),
     (WrongSize, "an odd size, unlike the support's"),
@@ -126,6 +135,7 @@ BROKEN = [
     (Secret, "asks for the truth only if it says so"),
     (NeedsForeground, "empty support masks and no sentence"),
     (WindowBound, "a clip longer than the window"),
+    (FirstOnly, "sentences asked together get the answers that they get alone"),
 ]
 
 

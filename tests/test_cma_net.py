@@ -237,12 +237,12 @@ def test_a_query_is_answered_in_chunks(net: CMANet) -> None:
     shown = rng.random((3, 40, 60)) > 0.5
     shot = inference.encode_shot(net, frames[:3], shown, sentence(net, 1), 64)
     text = sentence(net, 0)
-    whole = inference.answer_query(net, frames, text, shot, chunk=3, short_side=64)
+    (whole,) = inference.answer_queries(net, frames, [text], shot, chunk=3, short_side=64)
     prob = inference.input_probabilities(whole)
     assert prob.shape == (5, 64, 96)
     assert whole.scores.shape == (2, 5)
     assert whole.confidence == pytest.approx(whole.scores.amax(1).mean().item())
-    last = inference.answer_query(net, frames[3:], text, shot, chunk=3, short_side=64)
+    (last,) = inference.answer_queries(net, frames[3:], [text], shot, chunk=3, short_side=64)
     assert torch.equal(prob[3:], inference.input_probabilities(last))
     assert inference.masks_at(prob, (40, 60)).shape == (5, 40, 60)
 

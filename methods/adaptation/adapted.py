@@ -111,6 +111,15 @@ class Adapted(Method):
             return prototype.answer(self.method, self._prototypes, query, self.options.temperature)
         return self.method.predict(query)
 
+    def predict_clip(self, queries: Sequence[Query]) -> list[Prediction]:
+        """As the method does it where the strategy has no part in its answers, else one query after another."""
+        return self.method.predict_clip(queries) if self.shares_clips else super().predict_clip(queries)
+
+    @property
+    def shares_clips(self) -> bool:
+        """Whether the method does, and the strategy is neither transductive nor the prototypes."""
+        return self.method.shares_clips and not self.transductive and self.strategy != "prototype"
+
     def forget(self) -> None:
         """Bring the method back to what it was before the episode."""
         self.method.network = self._network

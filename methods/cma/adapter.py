@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fewref.episodes.types import Prediction, Query, Shot, SupportSet
+from fewref.episodes.types import Query, Shot, SupportSet
 from fewref.methods.base import MethodInfo
 from fewref.methods.batch import Batch
 from fewref.methods.cma.affinity import SupportFeatures, merge_shots
 from fewref.methods.cma.inference import (
-    answer_query,
+    answer_queries,
     encode_shot,
     input_probabilities,
     masks_at,
@@ -22,14 +23,15 @@ from fewref.methods.cma.inference import (
 )
 from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.pixels import normalise_padded
-from fewref.methods.query_inference import ClipAnswer, resize
-from fewref.methods.query_method import QueryMethod
+from fewref.methods.query_inference import ClipAnswer, probabilities, resize
+from fewref.methods.query_method import ClipMethod
+from fewref.methods.text import TextFeatures
 
 PAPER = "Learning Cross-Modal Affinity for Referring Video Object Segmentation Targeting Limited Samples (ICCV 2023)"
 SOURCE = "hengliusky/Few_shot_RVOS"
 
 
-class CMA(QueryMethod):
+class CMA(ClipMethod):
     """Query features attend to the support's middle frame; the whole of the support is encoded once, in `adapt`."""
 
     info = MethodInfo(
@@ -62,17 +64,15 @@ class CMA(QueryMethod):
         self._support_frames = 0
         self._prepared: dict = {}
 
-    def predict(self, query: Query) -> Prediction:
-        """Masks bool (T,H,W) at the original size and at the network's; confidence of the chosen network queries."""
-        answer = self._answer(query)
-        prob = input_probabilities(answer)
-        masks, at_input = masks_at(prob, query.frames.shape[-2:]), masks_at_input(prob)
-        return Prediction(query.id, masks.cpu().numpy(), answer.confidence, at_input.cpu().numpy())
-
     def probabilities(self, query: Query) -> tuple[Tensor, float]:
         """As `predict`, before the masks are cut."""
-        answer = self._answer(query)
+        answer = self.answer(query)
         return resize(input_probabilities(answer), query.frames.shape[-2:]), answer.confidence
+
+    def cut(self, logits: Tensor, input_size: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Mask logits (T,h,w) -> masks bool (T,H,W) at the original size, and at the network's, as CMA cuts them."""
+        prob = probabilities(logits, input_size)
+        return masks_at(prob, size), masks_at_input(prob)
 
     def outputs(self, batch: Batch, memory: Sequence[Shot]) -> dict:
         """The network's answer under the support `memory`."""
@@ -91,18 +91,10 @@ class CMA(QueryMethod):
             ]
         )
 
-    @torch.inference_mode()
-    def _answer(self, query: Query) -> ClipAnswer:
-        with self.autocast():
-            return answer_query(
-                self.network,
-                query.frames,
-                self.encode_text(query.text),
-                self._support,
-                prepared=self._prepared,
-                chunk=self._chunk(),
-                short_side=self.short_side,
-            )
+    def answer_texts(self, frames: np.ndarray, texts: Sequence[TextFeatures]) -> list[ClipAnswer]:
+        """What the network says of a clip under the support of the last `adapt`, per sentence."""
+        options = {"prepared": self._prepared, "chunk": self._chunk(), "short_side": self.short_side}
+        return answer_queries(self.network, frames, texts, self._support, **options)
 
     def _chunk(self) -> int:
         return self.window

@@ -5,6 +5,9 @@ CMA specification 8.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,27 +50,27 @@ def encode_shot(
     return net.encode_support(frames, padding, torch.tensor(masks, device=device).float()[None], text)
 
 
-def answer_query(
+def answer_queries(
     net: CMANet,
     frames: np.ndarray,
-    text: TextFeatures,
+    texts: Sequence[TextFeatures],
     support: SupportFeatures,
     *,
     prepared: dict[tuple, PreparedSupport] | None = None,
     chunk: int = 10,
     short_side: int = 360,
-) -> ClipAnswer:
-    """Segment what the sentence names in every frame: frames uint8 (T,3,H,W), text of one sentence (B=1).
+) -> list[ClipAnswer]:
+    """Segment what each sentence names in every frame: frames uint8 (T,3,H,W), texts of one sentence (B=1) each.
 
-    As `answer_clip`, each chunk under the same support. prepared: a dictionary to keep what of the support depends
+    As `answer_clip`, each window under the same support. prepared: a dictionary to keep what of the support depends
     only on the size of the maps, for further calls with the same network and support.
     """
     prepared = {} if prepared is None else prepared
 
-    def ask(maps: QueryMaps, sizes: Tensor) -> dict:
+    def ask(text: TextFeatures, maps: QueryMaps, sizes: Tensor) -> dict:
         key = tuple(maps.shapes)
         if key not in prepared:
             prepared[key] = net.prepare_support(support, maps.shapes)
         return net(maps, None, sizes, text, prepared[key], auxiliary=False)
 
-    return answer_clip(net, frames, ask, chunk=chunk, short_side=short_side)
+    return answer_clip(net, frames, [partial(ask, text) for text in texts], chunk=chunk, short_side=short_side)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
 from torch import Tensor
 
-from fewref.episodes.types import Query
 from fewref.methods.base import MethodInfo
 from fewref.methods.layers.query_net import QueryMaps
 from fewref.methods.query_inference import ClipAnswer, answer_clip
-from fewref.methods.query_method import SentenceMethod
+from fewref.methods.query_method import ClipMethod
 from fewref.methods.referformer.net import ReferFormerNet
+from fewref.methods.text import TextFeatures
 
 
-class ReferFormer(SentenceMethod):
+class ReferFormer(ClipMethod):
     """The sentence becomes the queries; the support is used by adaptation strategies alone."""
 
     info = MethodInfo(
@@ -28,13 +31,11 @@ class ReferFormer(SentenceMethod):
     net_class = ReferFormerNet
     family = "referformer"
 
-    @torch.inference_mode()
-    def answer(self, query: Query) -> ClipAnswer:
-        """Mask logits of every frame, the network query chosen per window."""
-        text = self.encode_text(query.text)
+    def answer_texts(self, frames: np.ndarray, texts: Sequence[TextFeatures]) -> list[ClipAnswer]:
+        """What the network says of a clip, per sentence; a network query is chosen per window."""
 
-        def ask(maps: QueryMaps, sizes: Tensor) -> dict:
+        def ask(text: TextFeatures, maps: QueryMaps, sizes: Tensor) -> dict:
             return self.network(maps, None, sizes, text, auxiliary=False)
 
-        with self.autocast():
-            return answer_clip(self.network, query.frames, ask, chunk=self.window, short_side=self.short_side)
+        asks = [partial(ask, text) for text in texts]
+        return answer_clip(self.network, frames, asks, chunk=self.window, short_side=self.short_side)

@@ -10,16 +10,17 @@ import torch
 from fewref.episodes.types import Query, Shot
 from fewref.methods.base import MethodInfo
 from fewref.methods.batch import Batch, with_tracking
-from fewref.methods.query_method import SentenceMethod
+from fewref.methods.query_method import QueryMethod
 from fewref.methods.tf2.inference import TrackedClip, answer_clip
 from fewref.methods.tf2.net import TF2Net
 from fewref.methods.tf2.pairing import keep_object, neighbours
 
 
-class TF2(SentenceMethod):
+class TF2(QueryMethod):
     """Tracks from a key frame, which the same weights find as ReferFormer; adaptation strategies use the support.
 
-    A checkpoint of ReferFormer fits, too.
+    A checkpoint of ReferFormer fits, too. Sentences of one clip are asked one by one: fusion and encoder, most of what
+    a frame costs, depend on the sentence, and the rest would have to be held for the whole clip.
     """
 
     info = MethodInfo(
