@@ -1,14 +1,23 @@
-"""Shared fixture: a few small videos on disk, in the YouTube layout, with a manifest of their first group."""
+"""Shared fixture: a few small videos on disk, in the YouTube layout, with a manifest of their first group.
+
+Also sets Triton to its interpreter where there is no GPU.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+# Before anything imports Triton, which reads this only once.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fewref.episodes.manifest import write_manifest
 from fewref.episodes.readers import read_index
