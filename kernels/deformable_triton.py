@@ -39,7 +39,7 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
     blocks, block_d, warps = _tiling(q, d, value.element_size())
     with torch.cuda.device_of(value):
         _forward_kernel[(blocks * n * m,)](
-            value, _level_table(tuple(shapes), value.device), locations.contiguous(), weights.contiguous(), output,
+            value, _level_table(tuple(map(tuple, shapes)), value.device), locations.contiguous(), weights.contiguous(), output,
             blocks, q, m, d, *value.stride(),
             LEVELS=levels, POINTS=points, BLOCK_Q=BLOCK_Q, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
@@ -60,14 +60,14 @@ def backward(
     _, q, _, levels, points, _ = locations.shape
     grad, locations, weights = grad.contiguous(), locations.contiguous(), weights.contiguous()
     grad_value = torch.zeros((n, s, m, d), dtype=torch.float32, device=value.device)
-    grad_locations, grad_weights = torch.zeros_like(locations), torch.zeros_like(weights)
     if not grad.numel():
-        return grad_value.to(value.dtype), grad_locations, grad_weights
+        return grad_value.to(value.dtype), torch.zeros_like(locations), torch.zeros_like(weights)
+    grad_locations, grad_weights = torch.empty_like(locations), torch.empty_like(weights)
     blocks, block_d, warps = _tiling(q, d, grad_value.element_size())
     deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.cuda.device_of(value):
         _backward_kernel[(blocks * n * m,)](
-            grad, value, _level_table(tuple(shapes), value.device), locations, weights,
+            grad, value, _level_table(tuple(map(tuple, shapes)), value.device), locations, weights,
             grad_value, grad_locations, grad_weights,
             blocks, q, m, d, s, *value.stride(),
             LEVELS=levels, POINTS=points, BLOCK_Q=BLOCK_Q, BLOCK_D=block_d, SCATTER=not deterministic, num_warps=warps,
