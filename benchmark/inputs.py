@@ -52,14 +52,18 @@ def open_dataset(dataset: str, root: Path | None) -> DatasetIndex:
 
 
 def named_values(option: str, texts: Sequence[str]) -> dict[str, Any]:
-    """Values of a repeated option NAME=VALUE, in JSON. Raises InputError for what is none, and for a name twice."""
+    """Values of a repeated option NAME=VALUE, in JSON or a bare word. Raises InputError for what is neither, and for a
+    name twice."""
     values: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")
+        bare = value.isidentifier() and value not in ("true", "false", "null")
         try:
-            parsed = json.loads(value)
+            parsed = value if bare else json.loads(value)
         except ValueError:
-            raise InputError(f"{option} {text}: give NAME=VALUE with the value in JSON, such as steps=20") from None
+            raise InputError(
+                f"{option} {text}: give NAME=VALUE with the value in JSON or a word, such as steps=20"
+            ) from None
         if name in values:
             raise InputError(f"{option} {text}: {name} is given twice")
         values[name] = parsed

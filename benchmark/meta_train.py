@@ -80,6 +80,8 @@ def meta_train(
         raise InputError(f"--meta {meta}: method {method} has no loss of a support set; choose another method")
     changes = changes or {}
     options = read_options({**parts.options, **changes, **({"steps": steps} if steps else {})})
+    if options.checkpointing:  # the adapted weights are gone by the time that `backward` would compute with them again
+        raise InputError(f"--meta {meta}: cannot be trained with checkpointing; leave --option checkpointing away")
     learner = cls(weights=UNTRAINED, config=config, device=device, precision=options.precision, seed=seed)
     learner.network = parts.network.to(device).train()
     inner = {"steps": inner_steps, "lr": inner_lr, "first_order": first_order}

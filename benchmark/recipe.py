@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,15 @@ from fewref.methods.layers.matcher import LossWeights
 AFFINITY = ("support_qkv", "query_qkv", "conv_q")
 LINEAR = ("reference_points", "sampling_offsets")
 # Options that may change between a training and its continuation without changing any number.
-FREE = ("log_every", "save_every", "workers", "cache_bytes", "half_weights")
+FREE = ("log_every", "save_every", "workers", "cache_bytes", "half_weights", "checkpointing")
+KINDS = {
+    bool: "switch; give true or false",
+    int: "whole number",
+    float: "number",
+    str: "word",
+    tuple: "list",
+    dict: "table",
+}
 
 
 @dataclass(frozen=True)
@@ -35,9 +44,11 @@ class TrainOptions:
     easy start for a network that learns to look at the support. tracking: share of the steps whose batches
     have tracking images, for methods that track. size: (H, W) that every frame is brought to first, None for its own
     size.
-    precision: "fp32" or "bf16". faithful: "fixed", or "upstream" to train with upstream's faults: affinity projections
-    in no optimiser group, boxes clamped along swapped axes, left and right swapped inside words, classes one after the
-    other, supports that may not show the object.
+    precision: "fp32", or "bf16" for the network under autocast, weights and optimiser still float32. checkpointing:
+    keep less for the backward pass and compute it again: less memory, the same numbers, a second forward pass.
+    faithful: "fixed", or "upstream" to train with upstream's faults: affinity projections in no optimiser group, boxes
+    clamped along swapped axes, left and right swapped inside words, classes one after the other, supports that may not
+    show the object.
     log_every, save_every: steps between writes of losses and of the checkpoint. workers: decoding threads.
     cache_bytes: memory for decoded frames. half_weights: write the final weights in half precision.
     """
@@ -65,6 +76,7 @@ class TrainOptions:
     tracking: float = 0.0
     size: tuple[int, int] | None = None
     precision: str = "fp32"
+    checkpointing: bool = False
     faithful: str = "fixed"
     log_every: int = 20
     save_every: int = 500
@@ -100,12 +112,22 @@ class TrainOptions:
 
 
 def read_options(values: Mapping[str, object]) -> TrainOptions:
-    """Options from the `train` part of a configuration; lists become tuples. Raises InputError for an unknown name."""
-    known = [field.name for field in dataclasses.fields(TrainOptions)]
-    for name in values:
+    """Options from the `train` part of a configuration; lists become tuples.
+
+    Raises InputError for an unknown name and a value of another kind.
+    """
+    known = {name: type(default) for name, default in vars(TrainOptions()).items()}
+    found = {}
+    for name, value in values.items():
         if name not in known:
             raise InputError(f"training option {name!r} is unknown; {near(name, known)}")
-    return TrainOptions(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        kind = tuple if name == "size" else known[name]
+        value = tuple(value) if isinstance(value, list) else value
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind and (name, value) != ("size", None):
+            raise InputError(f"training option {name}: {value!r} is no {KINDS[kind]}")
+        found[name] = value
+    return TrainOptions(**found)
 
 
 def group_of(name: str, faithful: str = "fixed") -> str:
@@ -141,10 +163,20 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], options: TrainOp
     return [{"name": g, "params": p, "lr": rates[g], "base_lr": rates[g]} for g, p in members.items() if p]
 
 
-def build_optimiser(network: nn.Module, options: TrainOptions, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over the network's groups, in its fused form on a GPU."""
-    groups = parameter_groups(network.named_parameters(), options)
-    return torch.optim.AdamW(groups, lr=options.lr, weight_decay=options.weight_decay, fused=device.type == "cuda")
+def build_optimiser(network: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW over the network's groups, in its fused form wherever PyTorch has that for the network's device."""
+    common = {"lr": options.lr, "weight_decay": options.weight_decay}
+    try:
+        return torch.optim.AdamW(parameter_groups(network.named_parameters(), options), fused=True, **common)
+    except RuntimeError:  # no fused form for this device or in this version
+        return torch.optim.AdamW(parameter_groups(network.named_parameters(), options), **common)
+
+
+def load_optimiser(optimiser: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Take up a state dict, fused or not, and stay what `optimiser` is. Raises ValueError where it does not fit."""
+    pairs = zip(state["param_groups"], optimiser.param_groups, strict=True)
+    groups = [{**saved, "fused": own["fused"], "foreach": own["foreach"]} for saved, own in pairs]
+    optimiser.load_state_dict({**state, "param_groups": groups})
 
 
 def steps_per_epoch(options: TrainOptions, classes: int) -> int:

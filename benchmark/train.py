@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,22 @@ from tqdm import tqdm
 
 import fewref
 from fewref.benchmark.provenance import git_state
-from fewref.benchmark.recipe import FREE, TrainOptions, build_optimiser, rate, read_options, strays, total_steps
+from fewref.benchmark.recipe import (
+    FREE,
+    TrainOptions,
+    build_optimiser,
+    load_optimiser,
+    rate,
+    read_options,
+    strays,
+    total_steps,
+)
 from fewref.benchmark.train_data import EpisodeSource, PixelCache, Pools, batches, group_videos
 from fewref.episodes.draws import generator
 from fewref.episodes.errors import InputError, write_atomic
 from fewref.episodes.readers import DatasetIndex
 from fewref.methods.batch import Batch
+from fewref.methods.checkpointing import checkpointed
 from fewref.methods.layers.losses import criterion
 from fewref.methods.layers.matcher import LossWeights
 from fewref.methods.weights import Tied, save_checkpoint
@@ -70,7 +80,9 @@ def train(
     Raises InputError for bad options, unreadable data, a checkpoint of another training, and a loss that is no number.
     """
     options, out = read_options(config), Path(out)
-    with processes(device, options.batch) as (place, rank, world):
+    with processes(device, options.batch) as (place, rank, world), ExitStack() as stack:
+        if options.checkpointing:
+            stack.enter_context(checkpointed(network))
         source = episode_source(index, pools, options, seed, rank == 0)
         network.to(place).train()
         run = Training(network, options, seed, out, list(source.videos), place, rank)
@@ -112,7 +124,7 @@ class Training:
     optimiser: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        self.optimiser = build_optimiser(self.network, self.options, self.device)
+        self.optimiser = build_optimiser(self.network, self.options)
 
     @property
     def weights(self) -> Path:
@@ -193,7 +205,7 @@ class Training:
     def load(self, state: dict) -> None:
         """Take up what `state` gave."""
         self.network.load_state_dict(state["network"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        load_optimiser(self.optimiser, state["optimiser"])
         parameters = dict(self.network.named_parameters())
         for name, gradient in state["strays"].items():
             parameters[name].grad = gradient

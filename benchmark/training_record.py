@@ -34,7 +34,10 @@ def start_name(init: Path) -> str:
 
 def option_words(changes: Mapping[str, Any]) -> list[str]:
     """How changed training options are told on the command line."""
-    values = {name: json.dumps(value, separators=(",", ":")) for name, value in changes.items()}
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+        for name, value in changes.items()
+    }
     return [word for name, value in values.items() for word in ("--option", f"{name}={value}")]
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from golden_case import golden_folder
 
+from fewref.benchmark.inputs import named_values
 from fewref.benchmark.recipe import TrainOptions, build_optimiser, group_of, parameter_groups, rate, read_options
+from fewref.benchmark.training_record import option_words
 from fewref.episodes.errors import InputError, read_json
 from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.backbone import build_backbone
@@ -38,7 +40,7 @@ def test_optimiser_groups_of_the_whole_network() -> None:
     affinity = next(group for group in fixed if group["name"] == "affinity")
     assert [names[id(p)] for p in affinity["params"]] == golden["trainable_but_in_no_group"]
     assert affinity["lr"] == 1e-4
-    assert build_optimiser(network, TrainOptions(), torch.device("cpu")).defaults["weight_decay"] == 5e-4
+    assert build_optimiser(network, TrainOptions()).defaults["weight_decay"] == 5e-4
 
 
 def test_schedules() -> None:
@@ -57,6 +59,28 @@ def test_bad_options() -> None:
         read_options({"schedule": "cosin"})
     with pytest.raises(InputError, match="batch: 0 is too small"):
         read_options({"batch": 0})
+    with pytest.raises(InputError, match="precision: 'bf61' is unknown; did you mean 'bf16'"):
+        read_options({"precision": "bf61"})
+    with pytest.raises(InputError, match="checkpointing: 'yes' is no switch; give true or false"):
+        read_options({"checkpointing": "yes"})
+    with pytest.raises(InputError, match="lr: 'fast' is no number"):
+        read_options({"lr": "fast"})
+    with pytest.raises(InputError, match="batch: True is no whole number"):
+        read_options({"batch": True})
+    assert read_options({"lr": 1, "size": [32, 48], "drop_steps": [5]}) == TrainOptions(
+        lr=1.0, size=(32, 48), drop_steps=(5,)
+    )
+    assert read_options({"size": None}) == TrainOptions()
+
+
+def test_options_on_the_command_line() -> None:
+    texts = ["precision=bf16", "checkpointing=true", "lr=1e-3", "size=[64,96]"]
+    values = named_values("--option", texts)
+    assert values == {"precision": "bf16", "checkpointing": True, "lr": 1e-3, "size": [64, 96]}
+    assert option_words(values)[1::2] == ["precision=bf16", "checkpointing=true", "lr=0.001", "size=[64,96]"]
+    assert read_options(values).checkpointing
+    with pytest.raises(InputError, match="--option lr=1e: give NAME=VALUE with the value in JSON or a word"):
+        named_values("--option", ["lr=1e"])
 
 
 def test_loss_weights_are_checked() -> None:
