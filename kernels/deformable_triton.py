@@ -39,7 +39,8 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
     blocks, block_d, warps = _tiling(q, d, value.element_size())
     with torch.cuda.device_of(value):
         _forward_kernel[(blocks * n * m,)](
-            value, _level_table(tuple(map(tuple, shapes)), value.device), locations.contiguous(), weights.contiguous(), output,
+            value, _level_table(tuple(map(tuple, shapes)), value.device),
+            locations.contiguous(), weights.contiguous(), output,
             blocks, q, m, d, *value.stride(),
             LEVELS=levels, POINTS=points, BLOCK_Q=BLOCK_Q, BLOCK_D=block_d, num_warps=warps,
         )  # fmt: skip
