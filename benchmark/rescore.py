@@ -13,7 +13,6 @@ import numpy as np
 from tqdm import tqdm
 
 from fewref.benchmark.judge import Packed, judge, known_scoring, open_pool, settle
-from fewref.benchmark.runner import Task, tasks_of
 from fewref.benchmark.store import (
     MANIFEST,
     Key,
@@ -25,6 +24,7 @@ from fewref.benchmark.store import (
     read_rows,
     shards_in,
 )
+from fewref.benchmark.units import Task, tasks_of
 from fewref.episodes.errors import InputError, write_atomic
 from fewref.episodes.load import load_truth, prefetch
 from fewref.episodes.manifest import Manifest, check_matches, write_manifest

@@ -40,9 +40,10 @@ class Row:
     scores: scoring protocol -> {"j", "f": one number in [0,1] per frame, "size": [H,W] scored at, "radius" of F,
     "resized", "inter", "union": see `QueryScore`}; empty if failed. frames: of the query. window: frames seen at
     once, smaller than the run's after out-of-memory. seconds_adapt: of the episode's `adapt`, the same in all its rows;
-    both seconds without decoding and scoring. Where a strategy adapts to the query itself, its time counts as
-    seconds_adapt of that row. peak_bytes: see the header's `peak_memory`. adapt_steps, adapt_trained: gradient steps of
-    the adaptation that the answer is from, and how many weights they changed.
+    both seconds without decoding and scoring. seconds_predict: where queries about one clip were asked together, their
+    time divided by their number. Where a strategy adapts to the query itself, its time counts as seconds_adapt of that
+    row. peak_bytes: see the header's `peak_memory`. adapt_steps, adapt_trained: gradient steps of the adaptation that
+    the answer is from, and how many weights they changed.
     """
 
     run: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeVar
@@ -48,16 +48,33 @@ def load_query(index: DatasetIndex, query: Query) -> Query:
     return replace(query, frames=load_clip(index, query.clip))
 
 
+def load_queries(index: DatasetIndex, queries: Sequence[Query]) -> tuple[Query, ...]:
+    """Queries about one clip, with its frames, which they share. Raises InputError as `load_query`."""
+    frames = load_clip(index, queries[0].clip)
+    return tuple(replace(query, frames=frames) for query in queries)
+
+
 def load_truth(index: DatasetIndex, query: Query, target: Target) -> np.ndarray:
     """What only the scorer sees: bool (T,H,W), union of the target's objects, all empty for a no-target expression.
 
     Raises InputError naming the file, if the masks are not of the image's size, the target belongs to another query or
     the video has no such object.
     """
-    if target.query != query.id:
-        raise InputError(f"the target of query {target.query} was given for query {query.id}; build the manifest again")
-    size = image_size(frame_path(index, query.clip.video, query.clip.frames[0]))
-    return _masks(index, query.clip, target.expression, size)
+    return load_truths(index, [query], [target])[0]
+
+
+def load_truths(index: DatasetIndex, queries: Sequence[Query], targets: Sequence[Target]) -> tuple[np.ndarray, ...]:
+    """`load_truth` of queries about one clip; where they mean the same objects, it is one array."""
+    clip, found = queries[0].clip, {}
+    size = image_size(frame_path(index, clip.video, clip.frames[0]))
+    for query, target in zip(queries, targets, strict=True):
+        if target.query != query.id:
+            other = f"the target of query {target.query} was given for query {query.id}"
+            raise InputError(f"{other}; build the manifest again")
+        objects = target.expression.objects
+        if objects not in found:
+            found[objects] = _masks(index, clip, target.expression, size)
+    return tuple(found[target.expression.objects] for target in targets)
 
 
 def prefetch(items: Iterable[Item], load: Callable[[Item], Loaded], workers: int = 1) -> Iterator[Loaded]:

@@ -7,7 +7,15 @@ import pytest
 from PIL import Image
 
 from fewref.episodes.errors import InputError
-from fewref.episodes.load import load_query, load_shot, load_support, load_truth, prefetch
+from fewref.episodes.load import (
+    load_queries,
+    load_query,
+    load_shot,
+    load_support,
+    load_truth,
+    load_truths,
+    prefetch,
+)
 from fewref.episodes.readers import read_frame, read_index
 from fewref.episodes.synthetic import write_synthetic
 from fewref.episodes.types import Clip, Query, Shot, SupportSet, Target
@@ -70,6 +78,27 @@ def test_a_query_opens_no_mask_and_the_truth_is_asked_for_apart(index, shot):
     assert load_query(fresh, query).frames.shape == (4, 3, 64, 80)
     with pytest.raises(InputError, match="png"):
         load_truth(fresh, query, Target("q", shot.expression))
+
+
+def test_queries_about_one_clip_share_their_frames_and_equal_truths(index):
+    video = next(video for video in index.videos.values() if len(video.expressions) > 2)
+    said = (
+        video.expressions[0],
+        video.expressions[0],
+        next(item for item in video.expressions if item.objects != video.expressions[0].objects),
+    )
+    queries = [Query(f"q{n}", Clip(index.dataset, video.name, video.frames), item.text) for n, item in enumerate(said)]
+    targets = [Target(f"q{n}", item) for n, item in enumerate(said)]
+    loaded, truths = load_queries(index, queries), load_truths(index, queries, targets)
+    assert list(loaded) == queries
+    assert {id(query.frames) for query in loaded} == {id(loaded[0].frames)}
+    assert truths[0] is truths[1]
+    for query, target, truth in zip(loaded, targets, truths, strict=True):
+        assert np.array_equal(truth, load_truth(index, query, target))
+        assert np.array_equal(query.frames, load_query(index, query).frames)
+    assert not np.array_equal(truths[0], truths[2])
+    with pytest.raises(InputError, match="target of query q0 was given for query q1"):
+        load_truths(index, queries[1:2], targets[:1])
 
 
 def test_masks_of_another_size_than_the_frames(index, shot):

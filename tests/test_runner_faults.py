@@ -9,9 +9,10 @@ import pytest
 import torch
 from noisy_runs import QUERIES, Noisy, content, copy_cut, start
 
+from fewref.benchmark import units
+from fewref.benchmark.asker import is_out_of_memory
 from fewref.benchmark.judge import Packed, open_pool
 from fewref.benchmark.rescore import score_stored
-from fewref.benchmark.runner import is_out_of_memory
 from fewref.benchmark.store import read_header, read_rows
 from fewref.episodes.errors import InputError
 from fewref.episodes.types import Prediction
@@ -123,22 +124,18 @@ def test_answers_that_break_the_contract_are_failures(small, tmp_path):
 
 
 def test_bad_data_stops_the_run_and_keeps_what_is_finished(small, tmp_path, monkeypatch):
-    from fewref.benchmark import runner
-
-    def broken(index, query):
-        if query.id == small.manifest.episodes[1].queries[1].id:
+    def broken(index, queries):
+        if bad in [query.id for query in queries]:
             raise InputError("00005.jpg: truncated; fetch it again")
-        return load(index, query)
+        return load(index, queries)
 
-    load = runner.load_query
-    monkeypatch.setattr(runner, "load_query", broken)
+    load, bad = units.load_queries, small.manifest.episodes[1].queries[2].id
+    monkeypatch.setattr(units, "load_queries", broken)
     with pytest.raises(InputError, match=r"00005\.jpg: truncated"):
         start(small, tmp_path / "run", workers=1)
     kept = len(read_rows(tmp_path / "run", partial=True))
-    place = [query.id for episode in small.manifest.episodes for query in episode.queries].index(
-        small.manifest.episodes[1].queries[1].id
-    )
-    assert kept == place
+    place = [query.id for episode in small.manifest.episodes for query in episode.queries].index(bad)
+    assert kept == place == 2
 
 
 @pytest.mark.parametrize(
