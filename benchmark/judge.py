@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fewref.benchmark.scoring import get_scoring, score_query
+from fewref.benchmark.metrics import radius
+from fewref.benchmark.scoring import check_shapes, get_scoring, score_query
 from fewref.benchmark.store import encode_masks
 from fewref.episodes.errors import InputError
 
@@ -50,16 +51,23 @@ class Judged:
     input_masks: list[dict[str, Any]] | None
 
 
-def judge(scoring: Sequence[str], masks: Packed, truth: Packed, input_masks: Packed | None = None) -> Judged:
+def judge(
+    scoring: Sequence[str],
+    masks: Packed,
+    truth: Packed,
+    input_masks: Packed | None = None,
+    counts: Mapping[str, np.ndarray] | None = None,
+) -> Judged:
     """Score one query under every named protocol and encode its masks.
 
-    masks, truth: (T,H,W); input_masks: (T,h,w). Raises InputError where a protocol cannot judge these masks.
+    masks, truth: (T,H,W); input_masks: (T,h,w); counts: what `device_counts` made of them, for any of the protocols.
+    Raises InputError where a protocol cannot judge these masks.
     """
     answer, given = masks.masks(), truth.masks()
     small = None if input_masks is None else input_masks.masks()
     scores = {}
     for name in scoring:
-        score = score_query(get_scoring(name), answer, given, small)
+        score = score_query(get_scoring(name), answer, given, small, (counts or {}).get(name))
         scores[name] = {
             "j": [float(value) for value in score.j],
             "f": [float(value) for value in score.f],
@@ -70,6 +78,28 @@ def judge(scoring: Sequence[str], masks: Packed, truth: Packed, input_masks: Pac
             "union": int(score.union),
         }
     return Judged(scores, encode_masks(answer), None if small is None else encode_masks(small))
+
+
+def device_counts(scoring: Sequence[str], masks: np.ndarray, truth: np.ndarray, device: str) -> dict[str, np.ndarray]:
+    """The integers behind J and F, counted on a device, by protocol: int64 (T,6), for `judge`.
+
+    masks, truth: (T,H,W), nonzero is foreground. Covers the protocols that judge at the original size. The others
+    resize first, and are left to the scoring processes: where a resized mask meets the threshold, devices may round to
+    either side, and no score should depend on the device. Raises InputError where the shapes differ.
+    """
+    import torch
+
+    from fewref.kernels.mask_scores import frame_counts
+
+    check_shapes(masks.shape, truth.shape)
+    protocols = [protocol for protocol in map(get_scoring, scoring) if protocol.resolution == "original"]
+    radii = {protocol.name: radius(*truth.shape[1:], protocol.tolerance) for protocol in protocols}
+    if not radii:
+        return {}
+    # PyTorch takes neither negative strides nor, without a warning, arrays that are read-only.
+    pred, gt = (torch.from_numpy(np.require(item, requirements="CW")).to(device) for item in (masks, truth))
+    made = {reach: frame_counts(pred, gt, reach).cpu().numpy() for reach in sorted(set(radii.values()))}
+    return {name: made[reach] for name, reach in radii.items()}
 
 
 def known_scoring(scoring: Sequence[str]) -> list[str]:

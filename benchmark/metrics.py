@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from fewref.benchmark.packed_bits import frame_counts
+from fewref.kernels.packed_bits import frame_counts
 
 DAVIS_TOLERANCE = 0.008
 
@@ -49,7 +49,12 @@ def frame_scores(
     """
     pred, gt = _as_masks(pred, gt, void)
     counts = frame_counts(pred, gt, radius(*gt.shape[1:], tolerance))
-    return jaccard(counts[:, 0], counts[:, 1]), f_measure(counts[:, 2:]), counts
+    return *scores_of_counts(counts), counts
+
+
+def scores_of_counts(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """J and F, float64 (T,) each, from the integers int64 (T,6) that `frame_scores` describes."""
+    return jaccard(counts[:, 0], counts[:, 1]), f_measure(counts[:, 2:])
 
 
 def boundary_counts(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fewref.benchmark.metrics import DAVIS_TOLERANCE, frame_scores, radius
+from fewref.benchmark.metrics import DAVIS_TOLERANCE, frame_scores, radius, scores_of_counts
 from fewref.episodes.errors import InputError, near
 
 SHORT_SIDE = 360
@@ -83,19 +83,23 @@ def get_scoring(name: str) -> ScoringProtocol:
 
 
 def score_query(
-    protocol: ScoringProtocol, masks: np.ndarray, truth: np.ndarray, input_masks: np.ndarray | None = None
+    protocol: ScoringProtocol,
+    masks: np.ndarray,
+    truth: np.ndarray,
+    input_masks: np.ndarray | None = None,
+    counts: np.ndarray | None = None,
 ) -> QueryScore:
     """Score one query.
 
     masks, truth: bool (T,H,W) at the original size; input_masks: bool (T,h,w), the prediction as cut at the network's
-    input size, used by "input" resolution only. Raises InputError where shapes do not fit together.
-    Source: spec scoring.md 2.3 (davis), 3 (cma-paper and danet-paper), 7 (mevis).
+    input size, used by "input" resolution only. counts: int64 (T,6) of these masks at the protocol's radius, where they
+    are made already (`judge.device_counts`); only for a protocol that judges at the original size. Raises InputError
+    where shapes do not fit together. Source: spec scoring.md 2.3 (davis), 3 (cma-paper and danet-paper), 7 (mevis).
     """
     masks, truth = np.asarray(masks), np.asarray(truth)
-    if masks.shape != truth.shape or truth.ndim != 3:
-        raise InputError(
-            f"predicted masks {masks.shape} must have the shape {truth.shape} of the query's frames (T, H, W)"
-        )
+    check_shapes(masks.shape, truth.shape)
+    if counts is not None and protocol.resolution != "original":
+        raise ValueError(f"{protocol.name} judges resized masks; counts of those at the original size do not tell")
     resized = False
     if protocol.resolution == "input":
         resized = input_masks is None
@@ -109,11 +113,19 @@ def score_query(
         pred, truth = letterbox_masks(masks, *LETTERBOX), letterbox_masks(truth, *LETTERBOX)
     else:
         pred = masks
-    j, f, counts = frame_scores(pred, truth, protocol.tolerance)
+    if counts is None:
+        counts = frame_scores(pred, truth, protocol.tolerance)[2]
+    j, f = scores_of_counts(counts)
     height, width = truth.shape[1:]
     reach = radius(height, width, protocol.tolerance)
     inter, union = counts[:, :2].sum(axis=0).tolist()
     return QueryScore(tuple(j.tolist()), tuple(f.tolist()), height, width, reach, inter, union, resized)
+
+
+def check_shapes(masks: tuple[int, ...], truth: tuple[int, ...]) -> None:
+    """Raises InputError where the shapes of the predicted masks and of the truth are not the same (T,H,W)."""
+    if masks != truth or len(truth) != 3:
+        raise InputError(f"predicted masks {masks} must have the shape {truth} of the query's frames (T, H, W)")
 
 
 def input_size(height: int, width: int, short: int = SHORT_SIDE) -> tuple[int, int]:

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from fewref.benchmark import metrics
 from fewref.benchmark.a2d import COCO_NAMES, THRESHOLDS, a2d_metrics
 from fewref.benchmark.davis import davis_evaluation, refdavis_merge
 from fewref.benchmark.metrics import boundary_counts, contour_accuracy, frame_scores, radius, region_similarity
-from fewref.benchmark.packed_bits import boundary
 from fewref.benchmark.scoring import get_scoring, pool_frames, resize_masks, score_query, sequence_statistics
+from fewref.kernels import mask_scores, packed_bits
 
 GOLDEN = Path(os.environ.get("FEWREF_GOLDEN_DIR", Path(__file__).parent / "golden")) / "scoring"
 REAL = Path(__file__).resolve().parents[2] / "shared/golden/scoring"  # holds real masks, which are not shipped
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK = 10
 
 
@@ -53,7 +55,7 @@ def check_frames(folder: Path, case: dict) -> None:
     if "gt_boundary" in data:
         visible = gt if void is None else gt & ~void
         edges = np.zeros(gt.shape, np.uint8)
-        boundary(visible.view(np.uint8), edges)
+        packed_bits.boundary(visible.view(np.uint8), edges)
         assert np.array_equal(edges.astype(bool), unpack(data["gt_boundary"], shape))
 
 
@@ -162,6 +164,21 @@ CHECKS = {
 }
 
 
-@pytest.mark.parametrize(("folder", "case"), CASES, ids=[case["file"].split(".")[0] for _, case in CASES])
-def test_parity(folder: Path, case: dict) -> None:
+def count_on_device(pred: np.ndarray, gt: np.ndarray, reach: int) -> np.ndarray:
+    tensors = (torch.from_numpy(np.ascontiguousarray(item)).to(DEVICE) for item in (pred, gt))
+    return mask_scores.frame_counts(*tensors, reach).cpu().numpy()
+
+
+FORMS = {"packed": packed_bits.frame_counts, "device": count_on_device}
+COUNTED = ("frames", "frames_raw", "sequences", "official")
+RUNS = [
+    pytest.param(folder, case, form, id=f"{case['file'].split('.')[0]}-{form}")
+    for folder, case in CASES
+    for form in (FORMS if case["kind"] in COUNTED else ["packed"])
+]
+
+
+@pytest.mark.parametrize(("folder", "case", "form"), RUNS)
+def test_parity(folder: Path, case: dict, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "frame_counts", FORMS[form])
     CHECKS[case["kind"]](folder, case)

@@ -2,7 +2,8 @@
 
 In this layout a neighbour of a pixel is a neighbouring byte for all eight frames, so boundary, dilation and
 intersection are a few OR, XOR and AND passes over short byte arrays, and no bit ever has to cross into another byte.
-NumPy only: pool workers import this module, and they should start quickly.
+NumPy only: scoring processes import this module, and they should start quickly. `boundary` and `dilate` slice, and so
+serve tensors as well (see `mask_scores`).
 """
 
 from __future__ import annotations
