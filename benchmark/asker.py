@@ -45,7 +45,7 @@ class Asker:
 
     def __init__(self, method: Method, method_name: str, run_id: str) -> None:
         self.method, self.method_name, self.run_id = method, method_name, run_id
-        self.window = method.window
+        self.window, self.batch = method.window, method.batch
         self.adapted = Attempt()
 
     def ask(self, item: Loaded) -> Iterator[tuple[Row, Prediction | None]]:
@@ -59,7 +59,7 @@ class Asker:
                 answer = answers[place] if answers else self._ask_alone(item, place)
                 yield self._row(task, query, answer)
         finally:
-            self.method.window = self.window
+            self.method.window, self.method.batch = self.window, self.batch
             if item.unit.ends:
                 self.method.forget()
 
@@ -126,13 +126,13 @@ class Asker:
         return row, prediction
 
     def _attempt(self, key: str, call: Callable[[], Any]) -> Attempt:
-        """Call with the full window, and with half of it after each out-of-memory.
+        """Call with the full window; after out-of-memory with one window at a time, and then with half the window.
 
         The global generators are seeded by the key, and the full window comes back for the next call: an answer
         depends neither on the queries before it nor on where a run was split or taken up.
         """
         method = self.method
-        method.window = self.window
+        method.window, method.batch = self.window, self.batch
         while True:
             seed_generators(f"{method.seed}/{key}")
             _reset_peak(method.device)
@@ -149,9 +149,12 @@ class Asker:
             # Only here, outside of the handler, has the traceback let go of the tensors.
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            if method.window <= 1:
+            if method.batch > 1:
+                method.batch = 1
+            elif method.window > 1:
+                method.window //= 2
+            else:
                 return Attempt(error="out of memory, even with a window of 1 frame")
-            method.window //= 2
 
 
 def is_out_of_memory(error: Exception) -> bool:

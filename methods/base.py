@@ -52,7 +52,8 @@ class Method(abc.ABC):
     Every method is built with these keyword arguments and no others; a subclass may ignore what it has no use for.
     weights: checkpoint file, "untrained" for fresh weights drawn from `seed`, or None where a method has none;
     config: "tiny", "paper" or a file; device: a torch device name; precision: "fp32" or "bf16"; window: frames
-    the network sees at once; seed: of any randomness, equal seeds give equal predictions.
+    the network sees at once; seed: of any randomness, equal seeds give equal predictions; batch: windows of a clip that
+    go through the network together, which changes answers by float rounding alone.
     """
 
     info: MethodInfo
@@ -66,9 +67,10 @@ class Method(abc.ABC):
         precision: str = "fp32",
         window: int = 10,
         seed: int = 0,
+        batch: int = 1,
     ) -> None:
         self.weights, self.config, self.device = weights, config, device
-        self.precision, self.window, self.seed = precision, window, seed
+        self.precision, self.window, self.seed, self.batch = precision, window, seed, batch
 
     @abc.abstractmethod
     def adapt(self, support: SupportSet) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.query_net import QueryMaps, QueryNet
+from fewref.methods.text import TextFeatures
 
 Ask = Callable[[QueryMaps, Tensor], dict]  # encoded windows (B) and their sizes, int (B,2), to the network's outputs
 
@@ -74,20 +75,20 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 @torch.inference_mode()
 def answer_clip(
-    net: QueryNet, frames: np.ndarray, asks: Sequence[Ask], *, chunk: int = 10, short_side: int = 360
+    net: QueryNet, frames: np.ndarray, asks: Sequence[Ask], *, chunk: int = 10, short_side: int = 360, batch: int = 1
 ) -> list[ClipAnswer]:
     """Segment what each of several sentences names in one clip: frames uint8 (T,3,H,W).
 
     The frames are cut into windows of `chunk`, the last one shorter, and each is answered on its own. A window is
     encoded once; then one sentence is asked after the other, so that each gets the answer, bit for bit, that it gets
-    alone. Only the chosen masks are kept: beside them, memory does not grow with the clip. The network must be in eval
-    mode.
+    alone. batch: full windows that go through the network together, which changes answers by float rounding alone. Only
+    the chosen masks are kept: beside them, memory does not grow with the clip. The network must be in eval mode.
     """
     found: list[list[Chosen]] = [[] for _ in asks]
-    for start in range(0, len(frames), chunk):
-        answers, size = _answer_window(net, resize_short_side(frames[start : start + chunk], short_side), asks)
-        for windows, answer in zip(found, answers, strict=True):
-            windows.append(answer)
+    for part, count in cut_windows(len(frames), chunk, batch):
+        answers, size = _answer_windows(net, resize_short_side(frames[part], short_side), count, asks)
+        for windows, chosen in zip(found, answers, strict=True):
+            windows += chosen
     return [
         ClipAnswer(
             torch.cat([window.logits for window in windows]),
@@ -99,16 +100,39 @@ def answer_clip(
     ]
 
 
-def _answer_window(net: QueryNet, frames: np.ndarray, asks: Sequence[Ask]) -> tuple[list[Chosen], tuple[int, int]]:
-    """One window, frames uint8 (T,3,H,W) at the input size, which is returned too; nothing else of it stays."""
+def cut_windows(frames: int, chunk: int, batch: int = 1) -> Iterator[tuple[slice, int]]:
+    """Which frames go through the network together, and as how many windows of equal length."""
+    whole = frames // chunk
+    for first in range(0, whole, batch):
+        count = min(batch, whole - first)
+        yield slice(first * chunk, (first + count) * chunk), count
+    if frames % chunk:
+        yield slice(whole * chunk, frames), 1
+
+
+def _answer_windows(
+    net: QueryNet, frames: np.ndarray, count: int, asks: Sequence[Ask]
+) -> tuple[list[list[Chosen]], tuple[int, int]]:
+    """Answers per sentence and window, and the input size: frames uint8 (T,3,H,W) at that size, of `count` windows.
+
+    Nothing else of the windows stays in memory.
+    """
     size = frames.shape[-2:]
-    clip = normalise(torch.tensor(frames, device=next(net.parameters()).device))[None]
-    maps = net.encode_query(clip, torch.zeros(clip.shape[:2] + size, dtype=torch.bool, device=clip.device))
-    sizes = torch.tensor([size], device=clip.device)
+    clips = normalise(torch.tensor(frames, device=next(net.parameters()).device)).unflatten(0, (count, -1))
+    maps = net.encode_query(clips, torch.zeros(clips.shape[:2] + size, dtype=torch.bool, device=clips.device))
+    sizes = torch.tensor([size] * count, device=clips.device)
     return [choose(ask(maps, sizes)) for ask in asks], size
 
 
-def choose(output: dict) -> Chosen:
-    """The answer among the network's outputs for one window (B = 1), in memory of its own."""
-    query, scores = select_query(output["pred_logits"][0])
-    return Chosen(output["pred_masks"][0, :, query].to(torch.float32, copy=True), query, scores)
+def choose(output: dict) -> list[Chosen]:
+    """The answer to each of B windows among the network's outputs for them, in memory of its own."""
+    chosen = []
+    for logits, masks in zip(output["pred_logits"], output["pred_masks"], strict=True):
+        query, scores = select_query(logits)
+        chosen.append(Chosen(masks[:, query].to(torch.float32, copy=True), query, scores))
+    return chosen
+
+
+def repeat_text(text: TextFeatures, count: int) -> TextFeatures:
+    """The features of one sentence (B = 1) for `count` windows; no copy."""
+    return TextFeatures(*(item.expand(count, *item.shape[1:]) for item in (text.words, text.word_mask, text.sentence)))

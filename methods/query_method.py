@@ -118,13 +118,13 @@ class QueryMethod(Trainable):
 
     def loss(self, target: Shot, memory: Sequence[Shot]) -> Tensor:
         """The loss that the network is trained with; frames at the network's input size."""
-        batch = self.batch(target).to(torch.device(self.device))
+        batch = self.training_batch(target).to(torch.device(self.device))
         with self.autocast():
             outputs = self.outputs(batch, memory)
         valid_alone = self.network.classify_valid
         return criterion(outputs, batch.targets, self._loss_weights, LossWeights(), valid_alone)[0]
 
-    def batch(self, target: Shot) -> Batch:
+    def training_batch(self, target: Shot) -> Batch:
         """What the network is trained on, of one clip."""
         return collate([(self.sample(target),)], self.tokenizer)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from fewref.episodes.types import Prediction, Query
 from fewref.methods.adaptation.adapted import wrap
@@ -15,6 +16,7 @@ from fewref.methods.base import UNTRAINED, Method, MethodInfo
 from fewref.methods.check import make_case
 from fewref.methods.cma.adapter import CMA
 from fewref.methods.controls import Empty
+from fewref.methods.query_inference import cut_windows
 from fewref.methods.registry import load_method
 
 SENTENCES = ("a red dog", "the cat that moves to the left", "", "A  red dog")
@@ -56,6 +58,30 @@ def test_asked_together_or_one_by_one_the_answers_are_equal(name, precision):
     for part in (queries[1:], queries[2:], queries[::-1]):
         for answer in method.predict_clip(part):
             assert_equal(answer, next(other for other in together if other.query == answer.query))
+
+
+@pytest.mark.parametrize("name", ["cma", "cma-self", "cma-base", "referformer"])
+def test_windows_at_once_give_the_answers_of_one_at_a_time(name, monkeypatch):
+    """Seven frames in windows of two: three full ones and a rest, which goes alone."""
+    one, several = built(name), built(name, batch=2)
+    calls = counted(monkeypatch, several.network, "encode_query")
+    queries = questions(frames=7)[:2]
+    for query in queries:
+        expected, got = one.answer(query), several.answer(query)
+        assert got.queries == expected.queries
+        torch.testing.assert_close(got.scores, expected.scores, rtol=1e-5, atol=1e-6)
+        for answer, other in zip(one.probabilities(query), several.probabilities(query), strict=True):
+            torch.testing.assert_close(answer, other, rtol=1e-5, atol=1e-5)
+    assert [tuple(call[0].shape[:2]) for call in calls[:3]] == [(2, 2), (1, 2), (1, 1)]
+    for query, answer in zip(queries, several.predict_clip(queries), strict=True):
+        assert_equal(answer, several.predict(query))
+
+
+def test_how_windows_are_cut():
+    assert list(cut_windows(7, 2, 2)) == [(slice(0, 4), 2), (slice(4, 6), 1), (slice(6, 7), 1)]
+    assert list(cut_windows(4, 2, 9)) == [(slice(0, 4), 2)]
+    assert list(cut_windows(3, 10, 4)) == [(slice(0, 3), 1)]
+    assert list(cut_windows(2, 1)) == [(slice(0, 1), 1), (slice(1, 2), 1)]
 
 
 @pytest.mark.parametrize("name", ["cma", "referformer"])

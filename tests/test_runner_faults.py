@@ -47,6 +47,25 @@ def test_out_of_memory_halves_the_window(small, whole, tmp_path):
     assert [row.scores for row in result.rows] == [row.scores for row in whole[0].rows]  # seeded afresh each time
 
 
+def test_out_of_memory_takes_windows_one_by_one_first(small, whole, tmp_path):
+    class Wide(Noisy):
+        asked: list[tuple[int, int]] = []
+
+        def predict(self, query):
+            self.asked.append((self.batch, self.window))
+            if self.batch * self.window > (3 if query.id == first else 10):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().predict(query)
+
+    first = small.manifest.episodes[0].queries[0].id
+    method = Wide(window=10, batch=4)
+    result = start(small, tmp_path / "run", method)
+    assert Wide.asked[:6] == [(4, 10), (1, 10), (1, 5), (1, 2), (4, 10), (1, 10)]
+    assert [row.window for row in result.rows[:3]] == [2, 10, 10]
+    assert (method.batch, method.window) == (4, 10)
+    assert [row.scores for row in result.rows] == [row.scores for row in whole[0].rows]
+
+
 def test_out_of_memory_to_the_end(small, tmp_path):
     class Never(Hungry):
         fits = 0

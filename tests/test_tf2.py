@@ -165,7 +165,7 @@ def test_a_tracking_image_without_an_object_is_black_and_no_fault(method, monkey
 def test_loss_of_a_support_clip_uses_its_neighbours(method):
     """In eval mode the loss follows from the shot; with another mask the tracking images differ, too."""
     shot = case_of(4).support.shots[0]
-    batch = method.batch(shot)
+    batch = method.training_batch(shot)
     size = method.sample(shot).size
     before = [1, 0, 3, 2]
     shown = resize_short_side(shot.frames[before] * shot.masks[before][:, None].astype(np.uint8), method.short_side)
@@ -178,7 +178,7 @@ def test_loss_of_a_support_clip_uses_its_neighbours(method):
     method.network.zero_grad(set_to_none=True)
     single = replace(shot, frames=shot.frames[:1], masks=shot.masks[:1])
     own = resize_short_side(single.frames * single.masks[:, None].astype(np.uint8), method.short_side)
-    np.testing.assert_array_equal(method.batch(single).tracking[0, :, :, : size[0], : size[1]], own)
+    np.testing.assert_array_equal(method.training_batch(single).tracking[0, :, :, : size[0], : size[1]], own)
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,7 @@ class Adapted(Method):
             precision=method.precision,
             window=method.window,
             seed=method.seed,
+            batch=method.batch,
         )
         self.transductive = strategy in TRANSDUCTIVE
         text_free = strategy == "prototype"
@@ -76,6 +77,15 @@ class Adapted(Method):
     @window.setter
     def window(self, frames: int) -> None:
         self.method.window = frames
+
+    @property
+    def batch(self) -> int:
+        """Windows at once, which is the method's."""
+        return self.method.batch
+
+    @batch.setter
+    def batch(self, windows: int) -> None:
+        self.method.batch = windows
 
     def parameters(self) -> int:
         """Number of weights of the method's network."""

@@ -93,8 +93,8 @@ class CMA(ClipMethod):
 
     def answer_texts(self, frames: np.ndarray, texts: Sequence[TextFeatures]) -> list[ClipAnswer]:
         """What the network says of a clip under the support of the last `adapt`, per sentence."""
-        options = {"prepared": self._prepared, "chunk": self._chunk(), "short_side": self.short_side}
-        return answer_queries(self.network, frames, texts, self._support, **options)
+        options = {"chunk": self._chunk(), "short_side": self.short_side, "batch": self.batch}
+        return answer_queries(self.network, frames, texts, self._support, prepared=self._prepared, **options)
 
     def _chunk(self) -> int:
         return self.window

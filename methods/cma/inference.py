@@ -16,7 +16,14 @@ from fewref.methods.cma.affinity import PreparedSupport, SupportFeatures
 from fewref.methods.cma.net import CMANet
 from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.query_net import QueryMaps
-from fewref.methods.query_inference import ClipAnswer, answer_clip, probabilities, resize, resize_short_side
+from fewref.methods.query_inference import (
+    ClipAnswer,
+    answer_clip,
+    probabilities,
+    repeat_text,
+    resize,
+    resize_short_side,
+)
 from fewref.methods.text import TextFeatures
 
 
@@ -59,6 +66,7 @@ def answer_queries(
     prepared: dict[tuple, PreparedSupport] | None = None,
     chunk: int = 10,
     short_side: int = 360,
+    batch: int = 1,
 ) -> list[ClipAnswer]:
     """Segment what each sentence names in every frame: frames uint8 (T,3,H,W), texts of one sentence (B=1) each.
 
@@ -71,6 +79,14 @@ def answer_queries(
         key = tuple(maps.shapes)
         if key not in prepared:
             prepared[key] = net.prepare_support(support, maps.shapes)
-        return net(maps, None, sizes, text, prepared[key], auxiliary=False)
+        shown = repeat_support(prepared[key], len(sizes))
+        return net(maps, None, sizes, repeat_text(text, len(sizes)), shown, auxiliary=False)
 
-    return answer_clip(net, frames, [partial(ask, text) for text in texts], chunk=chunk, short_side=short_side)
+    asks = [partial(ask, text) for text in texts]
+    return answer_clip(net, frames, asks, chunk=chunk, short_side=short_side, batch=batch)
+
+
+def repeat_support(support: PreparedSupport, count: int) -> PreparedSupport:
+    """One prepared support (B = 1) for `count` windows; no copy."""
+    levels = [tuple(item.expand(count, *item.shape[1:]) for item in level) for level in support.levels]
+    return PreparedSupport(support.shapes, levels)

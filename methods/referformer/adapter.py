@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fewref.methods.base import MethodInfo
 from fewref.methods.layers.query_net import QueryMaps
-from fewref.methods.query_inference import ClipAnswer, answer_clip
+from fewref.methods.query_inference import ClipAnswer, answer_clip, repeat_text
 from fewref.methods.query_method import ClipMethod
 from fewref.methods.referformer.net import ReferFormerNet
 from fewref.methods.text import TextFeatures
@@ -35,7 +35,8 @@ class ReferFormer(ClipMethod):
         """What the network says of a clip, per sentence; a network query is chosen per window."""
 
         def ask(text: TextFeatures, maps: QueryMaps, sizes: Tensor) -> dict:
-            return self.network(maps, None, sizes, text, auxiliary=False)
+            return self.network(maps, None, sizes, repeat_text(text, len(sizes)), auxiliary=False)
 
         asks = [partial(ask, text) for text in texts]
-        return answer_clip(self.network, frames, asks, chunk=self.window, short_side=self.short_side)
+        options = {"chunk": self.window, "short_side": self.short_side, "batch": self.batch}
+        return answer_clip(self.network, frames, asks, **options)

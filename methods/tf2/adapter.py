@@ -43,12 +43,12 @@ class TF2(QueryMethod):
             options = {"mode": self.mode, "chunk": self.window, "short_side": self.short_side}
             return answer_clip(self.network, query.frames, text, **options)
 
-    def batch(self, target: Shot) -> Batch:
+    def training_batch(self, target: Shot) -> Batch:
         """The clip with a neighbour of each frame as its tracking image, the frame itself where it is the only one."""
         before = neighbours(range(len(target.frames)), len(target.frames))
         frames, masks = target.frames[before], target.masks[before]
         tracking = replace(target, frames=np.ascontiguousarray(keep_object(frames, masks)), masks=masks)
-        return with_tracking(super().batch(target), [self.sample(tracking)])
+        return with_tracking(super().training_batch(target), [self.sample(tracking)])
 
 
 class TF2Released(TF2):
