@@ -19,7 +19,7 @@ from fewref.benchmark.scoring import (
     score_query,
     sequence_statistics,
 )
-from fewref.benchmark.speed import imperfect, main, moving_masks
+from fewref.benchmark.speed_scoring import imperfect, moving_masks
 from fewref.episodes.errors import InputError
 
 
@@ -228,11 +228,3 @@ def test_a2d_thresholds_are_strict_and_the_last_of_equals_counts() -> None:
     assert (first["P@0.9"], first["mean_iou"], first["mAP"]) == (1.0, 1.0, pytest.approx(1.0))
     with pytest.raises(ValueError, match="one entry per sample"):
         a2d_metrics(["x", "x"], [gt, gt], [pred, pred], np.zeros((2, 2)))
-
-
-def test_speed_table(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("cv2")
-    assert main(["scoring", "--frames", "2"]) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| 480x854", "| 360x640"))]
-    assert len(rows) == 4
-    assert all(float(row.split("|")[-2]) > 0 for row in rows)
