@@ -1,9 +1,10 @@
-"""The command line of FewRef: parsing only; every command is one call into fewref.benchmark or fewref.episodes."""
+"""The command line of FewRef: parsing only; what a command calls is in `fewref.benchmark.calls`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -25,9 +26,8 @@ def _import_this_checkout() -> None:
 if not __package__:  # also in the processes that score, which import the main script again
     _import_this_checkout()
 
+from fewref.benchmark import calls  # noqa: E402
 from fewref.episodes.errors import InputError, near  # noqa: E402
-
-CHANGES = ("shots", "supports", "support_frames", "episodes", "episode_seed")  # fields of EpisodeProtocol
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,9 +47,17 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 (faults found), 2 (bad input), 3 (queries failed), 130 (stopped)."""
+    # PyTorch reads this when it first needs memory: huge pages for large tensors make what is bound by memory 1.3 to
+    # 1.8 times as fast on a CPU, where else most of the time goes into page faults.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         parser = build_parser()
         options, unknown = parser.parse_known_args(arguments)
+        if options.call is calls.speed:
+            options.rest, unknown = (
+                [*unknown, *options.rest],
+                [],
+            )  # argparse does not count options in front to the rest
         if unknown:
             known = [name for name in options.parser._option_string_actions if name.startswith("--")]
             hint = f": {near(unknown[0], known)}" if unknown[0].startswith("-") else ""
@@ -87,7 +95,7 @@ def _command(commands, name: str, call, summary: str, **kwargs) -> Parser:
 
 
 def _demo(commands) -> None:
-    demo = _command(commands, "demo", call_demo, "CMA and the controls on the built-in data: tables and a picture")
+    demo = _command(commands, "demo", calls.demo, "CMA and the controls on the built-in data: tables and a picture")
     demo.add_argument("--out", type=Path, help="folder of runs, tables, picture (default runs/demo, runs/leaderboard)")
     demo.add_argument("--draws", type=int, default=1, help="support draws asked, of five (default %(default)s)")
     demo.add_argument("--queries", type=int, help="asked per episode, evenly spaced (default 12; leaderboard 8)")
@@ -110,14 +118,8 @@ def _episode_options(parser: Parser, shots: dict | None = None) -> None:
     parser.add_argument("--episode-seed", type=int, help="seed of the draws")
 
 
-def _changes(options: argparse.Namespace) -> dict[str, int]:
-    given = {name: getattr(options, name) for name in CHANGES}
-    given = {name: value for name, value in given.items() if isinstance(value, int)}  # several shots make a matrix
-    return {name.removeprefix("episode_"): value for name, value in given.items()}
-
-
 def _run(commands) -> None:
-    run = _command(commands, "run", call_run, "ask methods every query; start again to go on")
+    run = _command(commands, "run", calls.run, "ask methods every query; start again to go on")
     words = "names, see `list`, joined by commas; package.module:Class; or all"
     run.add_argument("--method", "--methods", required=True, type=_names, help=words)
     _dataset_options(run)
@@ -137,6 +139,9 @@ def _run(commands) -> None:
     run.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     run.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     run.add_argument("--window", type=int, default=10, help="frames that the network sees at once (%(default)s)")
+    run.add_argument("--batch", type=int, help="windows of a clip that it computes together (default 1; on a GPU 4)")
+    run.add_argument("--kernels", metavar="NAME", help="force reference, pytorch, numba or triton (default: fastest)")
+    run.add_argument("--compile", action="store_true", help="torch.compile the network; its first windows are slow")
     run.add_argument("--seed", type=int, default=0, help="of the method's own randomness")
     run.add_argument("--text", default="right", help="right, empty or other: which sentence is asked")
     run.add_argument("--support", default="right", help="right, other-category or none: which support is shown")
@@ -163,7 +168,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _train(commands) -> None:
-    train = _command(commands, "train", call_train, "train a method on the base categories of a group")
+    train = _command(commands, "train", calls.train, "train a method on the base categories of a group")
     train.add_argument("--method", default="cma", help="a method with weights, see `list` (default %(default)s)")
     _dataset_options(train, group="1")
     train.add_argument("--config", default="tiny", help="tiny, paper or a JSON file (default %(default)s)")
@@ -181,23 +186,23 @@ def _train(commands) -> None:
 
 
 def _results(commands) -> None:
-    score = _command(commands, "score", call_score, "judge stored predictions under other scoring protocols")
+    score = _command(commands, "score", calls.score, "judge stored predictions under other scoring protocols")
     score.add_argument("folder", type=Path, nargs="+", help="run folders, or folders above them")
     score.add_argument("--scoring", action="append", required=True, help="scoring protocol; may be repeated")
     score.add_argument("--data-root", type=Path, help="folder of the dataset that the runs name")
     score.add_argument("--out", type=Path, required=True, help="new folder; the runs keep their names below it")
     score.add_argument("--workers", type=int, default=1)
-    compare = _command(commands, "compare", call_compare, "paired difference of two methods on the same queries")
+    compare = _command(commands, "compare", calls.compare, "paired difference of two methods on the same queries")
     compare.add_argument("first", type=Path, help="run folder, or a folder above the runs of all groups")
     compare.add_argument("second", type=Path)
     compare.add_argument("--scoring", help="one scoring protocol, where the runs have several")
-    table = _command(commands, "table", call_table, "tables of all runs: Markdown, LaTeX, CSV, leaderboard.md")
+    table = _command(commands, "table", calls.table, "tables of all runs: Markdown, LaTeX, CSV, leaderboard.md")
     table.add_argument("folder", type=Path, nargs="+", help="run folders, or folders above them")
     table.add_argument("--scoring", help="one scoring protocol, where the runs have several")
     table.add_argument("--partial", action="store_true", help="also runs that are not finished, marked")
     table.add_argument("--curve", metavar="shots|steps", help="instead, a plot of J&F against these, and its numbers")
     table.add_argument("--out", type=Path, default=Path("."), help="where the files go (default: here)")
-    picture = _command(commands, "picture", call_picture, "one PNG: per group an episode with each method's answer")
+    picture = _command(commands, "picture", calls.picture, "one PNG: per group an episode with each method's answer")
     picture.add_argument("folder", type=Path, nargs="+", help="run folders, or folders above them")
     picture.add_argument("--data-root", type=Path, help="folder of the dataset that the runs name")
     picture.add_argument("--out", type=Path, default=Path("picture.png"))
@@ -206,14 +211,14 @@ def _results(commands) -> None:
 def _episodes(commands) -> None:
     parser = commands.add_parser("episodes", help="build, show and check lists of episodes")
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
-    build = _command(actions, "build", call_build, "draw the episodes of a dataset, from metadata alone")
+    build = _command(actions, "build", calls.build, "draw the episodes of a dataset, from metadata alone")
     _dataset_options(build)
     _episode_options(build)
     build.add_argument("--out", type=Path, default=Path("manifests"), help="folder (default %(default)s)")
-    show = _command(actions, "show", call_show, "print one episode")
+    show = _command(actions, "show", calls.show, "print one episode")
     show.add_argument("id", help="its id, or the beginning of it")
     show.add_argument("--manifest", type=Path, action="append", help="file to look in (default: the frozen ones)")
-    check = _command(actions, "check", call_check, "prove that a manifest leaks nothing")
+    check = _command(actions, "check", calls.check, "prove that a manifest leaks nothing")
     check.add_argument("manifest", type=Path, nargs="*", help="files (default: the frozen ones)")
     check.add_argument("--data-root", type=Path, help="hold it against the dataset in this folder, too")
 
@@ -221,7 +226,7 @@ def _episodes(commands) -> None:
 def _data(commands) -> None:
     parser = commands.add_parser("data", help="write the built-in data, check a dataset folder")
     actions = parser.add_subparsers(metavar="ACTION", required=True, parser_class=Parser)
-    synth = _command(actions, "synth", call_synth, "write the small synthetic benchmark in all four layouts")
+    synth = _command(actions, "synth", calls.synth, "write the small synthetic benchmark in all four layouts")
     synth.add_argument("folder", type=Path)
     synth.add_argument("--seed", type=int, default=0)
     synth.add_argument("--videos", type=int, default=10, help="per category, youtube layout (default %(default)s)")
@@ -229,7 +234,7 @@ def _data(commands) -> None:
     synth.add_argument("--size", type=int, nargs=2, default=(96, 128), metavar=("H", "W"))
     synth.add_argument("--layout", action="append", help="youtube, sail, davis or mevis (default: all)")
     synth.add_argument("--workers", type=int, default=2)
-    check = _command(actions, "check", call_data_check, "read a whole dataset and list every fault")
+    check = _command(actions, "check", calls.data_check, "read a whole dataset and list every fault")
     check.add_argument("folder", type=Path)
     check.add_argument("--dataset", default="mini-ref-youtube-vos", help="name, see `list` (default %(default)s)")
     check.add_argument("--fast", action="store_true", help="structure only, no pixels")
@@ -238,162 +243,21 @@ def _data(commands) -> None:
 
 
 def _methods(commands) -> None:
-    _command(commands, "list", call_list, "names of methods, datasets, protocols and shipped checkpoints")
-    describe = _command(commands, "describe", call_describe, "what a method is and needs")
+    _command(commands, "list", calls.list_names, "names of methods, datasets, protocols and shipped checkpoints")
+    describe = _command(commands, "describe", calls.describe, "what a method is and needs")
     describe.add_argument("method")
     describe.add_argument("--check", action="store_true", help="hold it to the contract on two synthetic episodes")
     describe.add_argument("--weights", help="checkpoint for --check (default untrained)")
     describe.add_argument("--config", default="tiny")
     describe.add_argument("--device", default="auto")
-    new = _command(commands, "new-method", call_new_method, "write a working adapter with its test")
+    new = _command(commands, "new-method", calls.new_method, "write a working adapter with its test")
     new.add_argument("name")
     new.add_argument("--out", type=Path, default=Path("."), help="folder (default: here)")
 
 
 def _speed(commands) -> None:
-    speed = _command(commands, "speed", call_speed, "speed ratios, both ways measured in one run", add_help=False)
+    speed = _command(commands, "speed", calls.speed, "speed ratios, both ways measured in one run", add_help=False)
     speed.add_argument("rest", nargs=argparse.REMAINDER)
-
-
-def call_demo(o: argparse.Namespace) -> int:
-    from fewref.benchmark.demo import demo
-
-    out = o.out or Path("runs/leaderboard" if o.leaderboard else "runs/demo")
-    return demo(out, o.draws, o.leaderboard, o.retrain, o.queries)
-
-
-def call_run(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import RunOptions, report
-    from fewref.benchmark.matrix import Lists, adapt_changes, run_matrix
-
-    lists = Lists(o.method, o.adapt, o.shots, o.adapt_steps)
-    names = "dataset data_root group weights config protocol manifest draws queries device precision window seed"
-    values = {name: getattr(o, name) for name in f"{names} text support shard workers out".split()}
-    values |= {"changes": _changes(o), "adapt_changes": adapt_changes(o.adapt_lr, o.adapt_option)}
-    return report(run_matrix(lists, RunOptions(method=o.method[0], **values, scoring=tuple(o.scoring)), o.jobs))
-
-
-def call_train(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import train_group
-    from fewref.benchmark.inputs import named_values
-    from fewref.methods.shipped import named_file
-
-    names = "method dataset data_root group config seed steps device"
-    values = {name: getattr(o, name) for name in names.split()}
-    values |= {"resume": not o.no_resume, "changes": named_values("--option", o.option)}
-    values["init"] = named_file(o.init, "--init") if o.init else None
-    values["out"] = o.out or Path("runs/train") / f"{'+'.join(filter(None, (o.method, o.meta)))}-{o.dataset}-{o.group}"
-    if o.meta:
-        from fewref.benchmark.meta_train import meta_train as train_group
-
-        values |= {"meta": o.meta, "inner_steps": o.inner_steps, "inner_lr": o.inner_lr}
-        values["first_order"] = not o.second_order
-    elif o.inner_steps is not None or o.inner_lr is not None or o.second_order:
-        raise InputError("--inner-steps, --inner-lr and --second-order are of --meta; name one, such as --meta maml")
-    print(train_group(**values))
-    return 0
-
-
-def call_score(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import rescore
-
-    return rescore(o.folder, o.data_root, o.scoring, o.out, o.workers)
-
-
-def call_compare(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import find_runs
-    from fewref.benchmark.table import comparison
-
-    print(comparison(find_runs([o.first]), find_runs([o.second]), o.scoring))
-    return 0
-
-
-def call_table(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import find_runs
-
-    if o.curve:
-        from fewref.benchmark.curve import write_curve
-
-        paths = write_curve(find_runs(o.folder), o.curve, o.out, o.scoring, o.partial)
-    else:
-        from fewref.benchmark.table import write_tables
-
-        paths = write_tables(find_runs(o.folder), o.out, o.scoring, o.partial)
-    print("\n".join(map(str, paths)))
-    return 0
-
-
-def call_picture(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import draw_picture
-
-    print(draw_picture(o.folder, o.data_root, o.out))
-    return 0
-
-
-def call_build(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import build_manifests
-
-    names = ["dataset", "data_root", "group", "protocol", "out"]
-    for path in build_manifests(**{name: getattr(o, name) for name in names}, changes=_changes(o)):
-        print(path)
-    return 0
-
-
-def call_show(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import load_manifests
-    from fewref.episodes.show import episode_text, find_episode
-
-    print(episode_text(find_episode(load_manifests(o.manifest), o.id)))
-    return 0
-
-
-def call_check(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import check_manifests
-
-    return check_manifests(o.manifest, o.data_root)
-
-
-def call_synth(o: argparse.Namespace) -> int:
-    from fewref.episodes.synthetic import FOLDERS, write_synthetic
-
-    layouts = tuple(o.layout or FOLDERS)
-    write_synthetic(o.folder, o.seed, o.videos, layouts, tuple(o.size), o.frames, o.workers)
-    for layout in layouts:
-        print(o.folder / FOLDERS[layout])
-    return 0
-
-
-def call_data_check(o: argparse.Namespace) -> int:
-    from fewref.benchmark.commands import check_data
-
-    return check_data(o.dataset, o.folder, o.fast, o.checksums, o.checksum_file)
-
-
-def call_list(o: argparse.Namespace) -> int:
-    from fewref.benchmark.listing import everything
-
-    print(everything())
-    return 0
-
-
-def call_describe(o: argparse.Namespace) -> int:
-    from fewref.benchmark.listing import describe
-
-    return describe(o.method, o.check, o.weights, o.config, o.device)
-
-
-def call_new_method(o: argparse.Namespace) -> int:
-    from fewref.methods.scaffold import new_method
-
-    for path in new_method(o.name, o.out):
-        print(path)
-    return 0
-
-
-def call_speed(o: argparse.Namespace) -> int:
-    from fewref.benchmark.speed import main as speed
-
-    return speed(o.rest)
 
 
 if __name__ == "__main__":

@@ -36,11 +36,15 @@ from fewref.episodes.errors import InputError, near
 from fewref.episodes.manifest import Manifest, read_manifest, write_manifest
 from fewref.episodes.readers import DatasetIndex
 from fewref.episodes.sampler import build_manifest, episode_protocol
+from fewref.kernels.dispatch import report as report_kernels
+from fewref.kernels.dispatch import using
 from fewref.methods.adaptation.options import adapt_options
 from fewref.methods.base import Method
 from fewref.methods.registry import load_method
 from fewref.methods.shipped import find_weights
 from fewref.splits import load_split
+
+BATCH = {"cpu": 1, "cuda": 4}  # windows at once: more of them fill a GPU, and a CPU is full with one
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class RunOptions:
     """Everything that `run` can be told of one method; see the command's help.
 
     out: base folder; runs lie below it, one per group. changes: fields of `EpisodeProtocol`; adapt_changes: of
-    `AdaptOptions`. tag: end of the folder's name, of a run that one setting tells from others of a matrix.
+    `AdaptOptions`. tag: end of the folder's name, of a run that one setting tells from others of a matrix. batch: None
+    is `BATCH` of the device. kernels: None leaves the choice to `fewref.kernels.dispatch`.
     """
 
     method: str
@@ -76,6 +81,9 @@ class RunOptions:
     adapt: str = "none"
     adapt_changes: dict[str, Any] = field(default_factory=dict)
     tag: str = ""
+    batch: int | None = None
+    kernels: str | None = None
+    compile: bool = False
 
 
 def run_folder(options: RunOptions, group: str) -> Path:
@@ -102,6 +110,18 @@ def check_settings(options: RunOptions) -> None:
         raise InputError(f"--precision {options.precision!r}: {near(options.precision, ('fp32', 'bf16'))}")
     if options.window < 1:
         raise InputError(f"--window {options.window}: a window has at least one frame")
+    if options.batch is not None and options.batch < 1:
+        raise InputError(f"--batch {options.batch}: at least one window is computed at once")
+    check_kernels(options.kernels, options.device)
+
+
+def check_kernels(kernels: str | None, device: str) -> None:
+    """Raises InputError where operators are forced to kernels that are unknown or cannot run on the device."""
+    try:
+        with using(kernels):
+            report_kernels(choose_device(device))
+    except ValueError as error:
+        raise InputError(f"--{error}" if kernels else str(error)) from None  # it begins with "kernels NAME"
 
 
 def chosen_episodes(options: RunOptions, index: DatasetIndex) -> dict[str, Manifest]:
@@ -126,9 +146,9 @@ def run_groups(options: RunOptions) -> list[RunResult]:
     if cls.info.needs_weights:
         names = options.method, options.weights, options.config, options.dataset
         weights = {group: find_weights(*names, group, options.adapt) for group in manifests}
-    results = []
-    for group, manifest in manifests.items():
-        results.append(
+    extras = {"protocol": protocol.name} | ({"kernels": options.kernels} if options.kernels else {})
+    with using(options.kernels):
+        return [
             run(
                 method=build_method(cls, options, weights.get(group)),
                 method_name=options.method,
@@ -136,26 +156,29 @@ def run_groups(options: RunOptions) -> list[RunResult]:
                 index=index,
                 out=run_folder(options, group),
                 scoring=options.scoring or (protocol.scoring,),
-                extras={"protocol": protocol.name},
+                extras=extras,
                 text=options.text,
                 support=options.support,
                 shard=options.shard,
                 workers=options.workers,
                 progress=options.progress,
             )
-        )
-    return results
+            for group, manifest in manifests.items()
+        ]
 
 
 def build_method(cls: type[Method], options: RunOptions, weights: Path | str | None) -> Method:
     """The method, inside of the adaptation strategy that is asked for. Raises InputError where the two do not fit."""
+    device = choose_device(options.device)
     method = cls(
         weights=weights,
         config=options.config,
-        device=choose_device(options.device),
+        device=device,
         precision=options.precision,
         window=options.window,
         seed=options.seed,
+        batch=options.batch or BATCH[torch.device(device).type],
+        compile=options.compile,
     )
     if options.adapt == "none":
         return method
@@ -187,6 +210,7 @@ def train_group(
     Raises InputError for bad options and data.
     """
     device = choose_device(device)
+    check_kernels(None, device)
     torch.manual_seed(seed)
     parts = load_method(method).training(config, init)
     options = {**parts.options, **(changes or {})}

@@ -174,6 +174,8 @@ def check_possible(method: str, strategy: str, base: RunOptions, groups: Sequenc
         raise InputError(f"--adapt {strategy}: method {method} has no training loss; it supports none alone")
     if strategy != "none" and base.support == "none":
         raise InputError(f"--adapt {strategy}: --support none leaves nothing to adapt to; leave one of them away")
+    if strategy != "none" and base.compile:
+        raise InputError(f"--compile: --adapt {strategy} uses the network in ways that compile anew; leave one away")
     if strategy in META and importlib.util.find_spec("learn2learn") is None:
         raise InputError(f"--adapt {strategy}: learn2learn is not installed; `make setup-meta` installs it")
     for group in groups if cls.info.needs_weights else ():

@@ -55,9 +55,9 @@ def header(
     """A run's header as plain JSON values.
 
     run: see `run_id`. defines: what the rows depend on; a run is only taken up if all of it is equal. Its `adaptation`
-    holds the `AdaptOptions`, None without a strategy. adapted_weights: names of the weights that a strategy may change.
-    environment: what should not matter (machine, versions, command), see `environment`. extras: further defining values
-    of the caller. Raises InputError where the checkpoint cannot be read.
+    holds the `AdaptOptions`, None without a strategy; it has the `fast_ways` that are taken. adapted_weights: names of
+    the weights that a strategy may change. environment: what should not matter (machine, versions, command), see
+    `environment`. extras: further defining values of the caller. Raises InputError where the checkpoint cannot be read.
     """
     adapted = method if isinstance(method, Adapted) else None
     cls = type(adapted.method if adapted else method)
@@ -84,6 +84,7 @@ def header(
         "extras": dict(extras or {}),
         "adaptation": plain(adapted.options) if adapted else None,
     }
+    defines |= {name: value for name, value in fast_ways(method).items() if value}
     if adapted and adapted.strategy == "meta-sgd":
         defines["rates_sha256"] = sha256(rates_path(Path(method.weights)))
     made = {
@@ -93,6 +94,14 @@ def header(
         "environment": environment(method.device, method.precision),
     }
     return made | ({"adapted_weights": list(adapted.names)} if adapted else {})
+
+
+def fast_ways(method: Method) -> dict[str, Any]:
+    """What changes answers by float rounding alone: batch, windows at once, None for one; compile, False without.
+
+    Left out of a header where it is not taken, so that runs from before there was any can be taken up.
+    """
+    return {"batch": method.batch if method.batch > 1 else None, "compile": method.compile}
 
 
 def run_id(defines: dict[str, Any]) -> str:

@@ -11,11 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from tqdm import tqdm
 
 from fewref.benchmark import ablations, provenance
 from fewref.benchmark.asker import Asker
-from fewref.benchmark.judge import Packed, finished, judge, known_scoring, open_pool, prediction_line, settle
+from fewref.benchmark.judge import (
+    Packed,
+    device_counts,
+    finished,
+    judge,
+    known_scoring,
+    open_pool,
+    prediction_line,
+    settle,
+)
 from fewref.benchmark.store import Row, RunFolder
 from fewref.benchmark.units import Loaded, Unit, load_unit, tasks_of, units_of
 from fewref.episodes.errors import InputError
@@ -122,4 +133,16 @@ def ask_all(asker: Asker, loaded: Iterator[Loaded], scoring: list[str], pool: Ex
                 yield row, finished(None)
                 continue
             small = None if prediction.input_masks is None else Packed.of(prediction.input_masks)
-            yield row, pool.submit(judge, scoring, Packed.of(prediction.masks), Packed.of(truth), small)
+            masks = Packed.of(prediction.masks), Packed.of(truth), small
+            counts = counted(scoring, prediction.masks, truth, asker.method.device)
+            yield row, pool.submit(judge, scoring, *masks, counts)
+
+
+def counted(scoring: list[str], masks: np.ndarray, truth: np.ndarray, device: str) -> dict[str, np.ndarray] | None:
+    """What a GPU counts for the scores; None on a CPU, and where the GPU has no memory left. Scorers count the same."""
+    if torch.device(device).type != "cuda":
+        return None
+    try:
+        return device_counts(scoring, masks, truth, device)
+    except torch.cuda.OutOfMemoryError:
+        return None

@@ -53,7 +53,7 @@ class Method(abc.ABC):
     weights: checkpoint file, "untrained" for fresh weights drawn from `seed`, or None where a method has none;
     config: "tiny", "paper" or a file; device: a torch device name; precision: "fp32" or "bf16"; window: frames
     the network sees at once; seed: of any randomness, equal seeds give equal predictions; batch: windows of a clip that
-    go through the network together, which changes answers by float rounding alone.
+    go through the network together; compile: use torch.compile. Both change answers by float rounding alone.
     """
 
     info: MethodInfo
@@ -68,9 +68,11 @@ class Method(abc.ABC):
         window: int = 10,
         seed: int = 0,
         batch: int = 1,
+        compile: bool = False,
     ) -> None:
         self.weights, self.config, self.device = weights, config, device
-        self.precision, self.window, self.seed, self.batch = precision, window, seed, batch
+        self.precision, self.window, self.seed = precision, window, seed
+        self.batch, self.compile = batch, compile
 
     @abc.abstractmethod
     def adapt(self, support: SupportSet) -> None:

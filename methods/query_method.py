@@ -16,6 +16,7 @@ from fewref.episodes.transforms import ClipSample, make_sample, resize_masks
 from fewref.episodes.types import Prediction, Query, Shot, SupportSet
 from fewref.methods.base import UNTRAINED, Trainable, TrainingSetup
 from fewref.methods.batch import Batch, collate
+from fewref.methods.compiling import compile_parts
 from fewref.methods.layers.losses import criterion
 from fewref.methods.layers.matcher import LossWeights
 from fewref.methods.layers.pixels import normalise
@@ -42,8 +43,8 @@ class QueryMethod(Trainable):
     """A `QueryNet` with its configuration and checkpoint. A subclass says how it answers, and how it adapts, unless it
     takes nothing from a support by itself: then only adaptation strategies use it.
 
-    Raises InputError for an unknown configuration, a checkpoint which does not fit it, and for no checkpoint at all (an
-    untrained network answers nothing).
+    Raises InputError for an unknown configuration, a checkpoint which does not fit it, for no checkpoint at all (an
+    untrained network answers nothing), and where it is to be compiled but cannot be.
     """
 
     network: QueryNet
@@ -68,6 +69,8 @@ class QueryMethod(Trainable):
         if self.weights != UNTRAINED:
             load_network(self.network, Path(self.weights))
         self.network.to(self.device)
+        if self.compile:
+            compile_parts(self.network)
 
     @classmethod
     def build(cls, settings: NetworkConfig) -> QueryNet:

@@ -1,6 +1,7 @@
 """The command line: every kind of bad input gives one clear line and exit code 2, and leaves nothing half-written."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -11,7 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fewref.benchmark.store import read_rows
+from fewref.benchmark.store import read_header, read_rows
+from fewref.episodes.errors import InputError
+from fewref.methods import compiling, query_method
 from fewref.methods.cma.adapter import CMA
 from fewref.methods.network_config import read_config
 from fewref.run_benchmark import build_parser, main
@@ -60,6 +63,9 @@ def refused(capsys, arguments: list[str]) -> str:
         (["run", "--method", "cma", "--adapt", "head", "--adapt-option", "lrr=1"], ("lrr", "'lr'")),
         (["run", "--method", "cma", "--adapt", "head", "--support", "none"], ("--adapt head", "--support none")),
         (["run", "--method", "cma", "--shots", "1,two"], ("--shots", "1,two")),
+        (["run", "--method", "empty", "--batch", "0"], ("--batch 0",)),
+        (["run", "--method", "empty", "--kernels", "nunba"], ("--kernels 'nunba'", "numba")),
+        (["run", "--method", "cma", "--compile", "--adapt", "head"], ("--compile", "--adapt head")),
         (["run", "--methods", "cma,coppy-support"], ("coppy-support", "copy-support")),
         (["train", "--method", "oracle"], ("oracle", "trained")),
         (["train", "--option", "lrr=1"], ("lrr", "'lr'")),
@@ -199,6 +205,64 @@ def test_a_run_and_what_is_made_of_it(capsys, small, tmp_path, monkeypatch):
     assert "A: oracle" in capsys.readouterr().out
     assert main(["picture", "runs", "--data-root", str(small.root), "--out", "picture.png"]) == 0
     assert Image.open("picture.png").width > 500
+
+
+def test_fast_ways_of_a_run_are_in_its_header(capsys, small, tmp_path):
+    """What changes float rounding defines a run; a default leaves no word, so that older runs can be taken up."""
+    plain = asked(small, "--method", "empty", "--device", "cpu", "--out", str(tmp_path))
+    assert main([*plain, "--batch", "2", "--kernels", "pytorch"]) == 0
+    folder = tmp_path / "empty/group-1"
+    header = read_header(folder)
+    assert header["defines"]["batch"] == 2
+    assert header["defines"]["extras"] == {"protocol": "group", "kernels": "pytorch"}
+    assert set(header["environment"]["kernels"].values()) == {"pytorch"}
+    assert "batch = 2, not None" in refused(capsys, [*plain, "--kernels", "pytorch"])
+    assert "extras.kernels = 'pytorch', not None" in refused(capsys, [*plain, "--batch", "2"])
+    shutil.rmtree(folder)
+    assert main(plain) == 0
+    defines = read_header(folder)["defines"]
+    assert {"batch", "compile", "kernels"}.isdisjoint(defines)
+    assert defines["extras"] == {"protocol": "group"}
+    assert main([*plain, "--batch", "1"]) == 0
+
+
+def test_forced_kernels_are_checked_before_anything_starts(capsys, small, tmp_path, monkeypatch):
+    run = asked(small, "--method", "empty", "--device", "cpu", "--out", str(tmp_path / "out"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    message = refused(capsys, [*run, "--kernels", "triton"])
+    assert message.startswith("error: --kernels 'triton': runs on a CUDA device")
+    monkeypatch.setenv("FEWREF_KERNELS", "nunba")
+    assert "error: FEWREF_KERNELS='nunba'" in refused(capsys, run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_compiling(capsys, small, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(query_method, "compile_parts", compiled.append)
+    run = asked(small, "--method", "cma", "--weights", "untrained", "--draws", "1", "--queries", "1")
+    assert main([*run, "--compile", "--out", str(tmp_path / "one")]) == 0
+    assert len(compiled) == 1
+    assert read_header(tmp_path / "one/cma/group-1")["defines"]["compile"] is True
+    monkeypatch.undo()
+
+    def missing(device):
+        raise InputError("--compile: cannot compile for cpu; install g++")
+
+    monkeypatch.setattr(compiling, "check_compiler", missing)
+    assert "install g++" in refused(capsys, [*run, "--compile", "--out", str(tmp_path / "two")])
+    assert not (tmp_path / "two").exists()
+
+
+def test_huge_pages_are_asked_for_before_pytorch_is_there(monkeypatch):
+    code = "import sys, fewref.run_benchmark as r; r.build_parser(); print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+    name = "THP_MEM_ALLOC_ENABLE"
+    for given, wanted in ((None, "1"), ("0", "0")):
+        monkeypatch.setenv(name, given or "")
+        if given is None:
+            monkeypatch.delenv(name)
+        assert main(["describe", "oracle"]) == 0
+        assert os.environ[name] == wanted
 
 
 def test_episodes_and_data(capsys, small, tmp_path):

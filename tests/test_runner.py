@@ -12,9 +12,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from noisy_runs import QUERIES, Noisy, content, copy_cut, start
 
+from fewref.benchmark import runner
+from fewref.benchmark.judge import device_counts
 from fewref.benchmark.runner import shard_of_process
 from fewref.benchmark.store import COSTS, decode_masks, read_header, read_predictions, read_rows
 from fewref.episodes.errors import InputError
@@ -69,6 +73,25 @@ def test_a_pool_gives_the_same_rows(small, whole, tmp_path):
     start(small, tmp_path / "pool", workers=1)
     for kind in ("rows", "predictions"):
         assert content(tmp_path / "pool", kind) == content(whole[1], kind)
+
+
+def test_who_counts_for_the_scores(monkeypatch):
+    """A GPU where the method runs on one, unless its memory is full; else the scoring processes."""
+    masks, asked = np.ones((2, 5, 6), bool), []
+    monkeypatch.setattr(
+        runner, "device_counts", lambda *given: asked.append(given[3]) or device_counts(*given[:3], "cpu")
+    )
+    assert runner.counted(["davis"], masks, masks, "cpu") is None
+    assert asked == []
+    counts = runner.counted(["davis"], masks, masks, "cuda:0")
+    assert asked == ["cuda:0"]
+    assert counts["davis"][:, :2].tolist() == [[30, 30], [30, 30]]
+
+    def full(*given):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner, "device_counts", full)
+    assert runner.counted(["davis"], masks, masks, "cuda:0") is None
 
 
 def test_taken_up_after_a_kill_at_any_point(small, tmp_path):

@@ -55,6 +55,7 @@ class Adapted(Method):
             window=method.window,
             seed=method.seed,
             batch=method.batch,
+            compile=method.compile,
         )
         self.transductive = strategy in TRANSDUCTIVE
         text_free = strategy == "prototype"
