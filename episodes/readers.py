@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +43,11 @@ class DatasetIndex:
 
     def metadata_hash(self) -> str:
         """SHA-256 (hex) of the sorted metadata: equal on every machine and for every order of keys in the files."""
-        videos = {name: asdict(video) for name, video in self.videos.items()}
-        for record in videos.values():
+        videos = {}
+        for name, video in self.videos.items():
+            record = {**vars(video), "expressions": [vars(expression) for expression in video.expressions]}
             del record["listed_frames"], record["listed_expressions"]
+            videos[name] = record
         return hashlib.sha256(canonical_json(videos).encode()).hexdigest()
 
     def categories(self) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ Pixels are NumPy arrays and are filled in only by `fewref.episodes.load`; everyt
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -118,17 +117,22 @@ def canonical_json(value: object) -> str:
 def to_json(episode: Episode) -> dict:
     """An episode as plain JSON values, without pixels."""
 
-    def drop_pixels(value: object) -> object:
-        if dataclasses.is_dataclass(value):
-            items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-            return {name: drop_pixels(item) for name, item in items if name not in ("frames", "masks") or _names(item)}
-        return [drop_pixels(item) for item in value] if isinstance(value, tuple) else value
+    def clip(item: Clip) -> dict:
+        return {"dataset": item.dataset, "video": item.video, "frames": list(item.frames)}
 
-    return drop_pixels(episode)
+    def expression(item: Expression) -> dict:
+        return {"id": item.id, "text": item.text, "objects": list(item.objects), "category": item.category}
 
-
-def _names(value: object) -> bool:
-    return isinstance(value, tuple)
+    shots = [{"clip": clip(s.clip), "expression": expression(s.expression)} for s in episode.support.shots]
+    return {
+        "dataset": episode.dataset,
+        "group": episode.group,
+        "category": episode.category,
+        "seed": episode.seed,
+        "support": {"category": episode.support.category, "shots": shots},
+        "queries": [{"id": q.id, "clip": clip(q.clip), "text": q.text} for q in episode.queries],
+        "targets": [{"query": t.query, "expression": expression(t.expression)} for t in episode.targets],
+    }
 
 
 def from_json(value: dict) -> Episode:
