@@ -25,8 +25,9 @@ FLOATS = ("locations", "weights", "grad_value", "grad_locations", "grad_weights"
 TYPES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def source(kernel, dtype: str, scatter: bool) -> ASTSource:
-    """The kernel at the paper's sizes: pointers and channel strides that 16 divides, channels next to each other."""
+def source(kernel, dtype: str, scatter: bool, odd: bool) -> ASTSource:
+    """The kernel at the paper's sizes: pointers and strides that 16 divides, channels next to each other; odd: nothing
+    is known of strides, the number of channels and the pointers."""
     constants = {
         "LEVELS": LEVELS,
         "POINTS": POINTS,
@@ -37,7 +38,8 @@ def source(kernel, dtype: str, scatter: bool) -> ASTSource:
     }
     if "BLOCK_S" in kernel.arg_names:
         constants |= {"BLOCK_S": deformable_triton.GATHER_PIXELS, "BLOCK_Q": deformable_triton.GATHER_QUERIES}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    left_out = {"stride_d"} if odd else set()
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names and name not in left_out}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -48,28 +50,31 @@ def source(kernel, dtype: str, scatter: bool) -> ASTSource:
             signature[name] = f"*{dtype}"
         else:
             signature[name] = "*i32" if name == "levels" else "i32"
-        if name.startswith("stride_") or name == "channels" or signature[name].startswith("*"):
+        divisible = name.startswith("stride_") or name == "channels" or signature[name].startswith("*")
+        if divisible and name not in constants and not odd:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    attributes = {key: value for key, value in attributes.items() if kernel.arg_names[key[0]] not in constants}
     return ASTSource(kernel, signature, constants, attributes)
 
 
 def main() -> None:
     """Compile every kernel for every type and capability."""
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    kernels = (
-        ("forward", deformable_triton._forward_kernel, False),
-        ("backward", deformable_triton._backward_kernel, True),
-        ("backward, no atomics", deformable_triton._backward_kernel, False),
-        ("gather", deformable_triton._gather_kernel, False),
-    )
-    for capability, dtype, (name, kernel, scatter) in product(map(int, sys.argv[1:]), TYPES, kernels):
+    kernels = {
+        "forward": deformable_triton._forward_kernel,
+        "backward": deformable_triton._backward_kernel,
+        "backward, no atomics": deformable_triton._backward_kernel,
+        "gather": deformable_triton._gather_kernel,
+        "forward, odd": deformable_triton._forward_kernel,
+        "backward, odd": deformable_triton._backward_kernel,
+    }
+    for capability, dtype, (name, kernel) in product(map(int, sys.argv[1:]), TYPES, kernels.items()):
         if dtype != "fp32" and name not in ("forward", "backward"):
             continue  # what these do with other types is a load and a cast that the first two do as well
-        warps = deformable_triton._tiling(1, CHANNELS, TYPES[dtype] if name == "forward" else 4)[2]
+        scatter, odd = name.startswith("backward") and "no atomics" not in name, "odd" in name
+        warps = deformable_triton._tiling(1, CHANNELS, TYPES[dtype] if name.startswith("forward") else 4)[2]
         target, log = GPUTarget("cuda", capability, 32), io.StringIO()
         with contextlib.redirect_stdout(log):
-            compiled = triton.compile(source(kernel, dtype, scatter), target=target, options={"num_warps": warps})
+            compiled = triton.compile(source(kernel, dtype, scatter, odd), target=target, options={"num_warps": warps})
         used = re.search(r"Used (\d+) registers", log.getvalue())
         spilled = re.search(r"(\d+) bytes spill stores", log.getvalue())
         line = {
