@@ -197,10 +197,11 @@ def test_compiles_for_gpus_that_are_not_here(tmp_path: Path) -> None:
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [json.loads(line) for line in run.stdout.splitlines()]
+    assert {line["kernel"] for line in lines} > {"backward, no atomics", "gather", "forward, odd", "backward, odd"}
     wanted = {(kernel, dtype) for kernel in ("forward", "backward") for dtype in ("fp32", "bf16", "fp16")}
     for capability in (80, 90):
         made = [line for line in lines if line["capability"] == capability]
-        assert wanted < {(line["kernel"], line["type"]) for line in made}
+        assert wanted <= {(line["kernel"], line["type"]) for line in made}
         assert all(line["bytes"] and not line["spilled"] for line in made), made
 
 
