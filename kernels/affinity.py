@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewref.kernels.dispatch import choose
 
-def affinity(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+
+def affinity(query: Tensor, keys: Tensor, values: Tensor, backend: str | None = None) -> Tensor:
     """softmax over the keys of (keys . query) / sqrt(C), times the values; no mask, no dropout.
 
-    query: (B,N,C); keys: (B,M,C); values: (B,M,V). Returns (B,N,V). Never holds the N x M matrix where PyTorch has a
-    fused attention kernel. Source: kernels specification 2 (hengliusky/Few_shot_RVOS).
+    query: (B,N,C); keys: (B,M,C); values: (B,M,V). backend: see `dispatch.choose`, which says what it raises. Returns
+    (B,N,V). Only "reference" holds the N x M matrix where PyTorch has a fused attention kernel. Source: kernels
+    specification 2 (hengliusky/Few_shot_RVOS).
     """
+    if choose("affinity", query.device, query.dtype, backend) == "reference":
+        return (query @ keys.transpose(1, 2) / math.sqrt(query.shape[2])).softmax(-1) @ values
     # Token-major copies with a head axis: on transposed views PyTorch falls back to the unfused form without a word.
     query, keys, values = (tensor.contiguous().unsqueeze(1) for tensor in (query, keys, values))
     return F.scaled_dot_product_attention(query, keys, values).squeeze(1)

@@ -1,104 +1,115 @@
 """Multi-scale deformable attention: weighted bilinear samples of several feature maps.
 
-Operator of Deformable DETR (Zhu et al., ICLR 2021; fundamentalvision/Deformable-DETR), in plain PyTorch.
+Operator of Deformable DETR (Zhu et al., ICLR 2021; fundamentalvision/Deformable-DETR), on the fastest backend at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fewref.kernels.dispatch import must_be_differentiable_twice
+from fewref.kernels.deformable_reference import Shapes, sample_by_bags, sample_by_grid, suits_bags
+from fewref.kernels.dispatch import choose
 
-Shapes = Sequence[tuple[int, int]]
-
-# Samples per chunk of the CPU form: bounds its scratch memory to about 0.2 GB.
-_CHUNK = 4_000_000
+_MODULES = {"numba": "fewref.kernels.deformable_numba", "triton": "fewref.kernels.deformable_triton"}
 
 
-def ms_deform_attn(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def ms_deform_attn(
+    value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, backend: str | None = None
+) -> Tensor:
     """Sample `value` at `locations` and sum with `weights`, head by head.
 
-    value: (N,S,M,D), the levels one after the other along S, each row-major; shapes: L pairs (h,w) with S = sum h*w;
-    locations: (N,Q,M,L,P,2) as (x,y), 0 and 1 being the outer edges of a map, any real value (zero outside the map);
-    weights: (N,Q,M,L,P), any values. Returns (N,Q,M*D) in the dtype of `value`; computed in float32 at least, since
-    half types cannot hold coordinates. Raises ValueError where the shapes do not add up to S.
+    value: (N,S,M,D), the levels one after the other along S, each row-major, or (N,S,1,D) where all heads share one
+    plane, which spares a gradient per head; never copied per head, views expanded over M neither. shapes: L pairs (h,w)
+    with S = sum h*w. locations: (N,Q,M,L,P,2) as (x,y), 0 and 1 being the outer edges of a map, any real value (zero
+    outside the map). weights: (N,Q,M,L,P), any values. backend: see `dispatch.choose`. Returns (N,Q,M*D) in the dtype
+    of `value`; computed in float32 at least, since half types cannot hold coordinates. Raises ValueError where the
+    arguments do not fit each other, and as `choose` does.
     """
+    _check(value, shapes, locations, weights)
+    wide = torch.promote_types(value.dtype, torch.float32)
+    locations, weights = locations.to(wide), weights.to(wide)
+    chosen = choose("deformable_attention", value.device, value.dtype, backend)
+    if chosen in _MODULES:
+        return _sample(value, [size for shape in shapes for size in shape], locations, weights, chosen)
+    bags = chosen == "pytorch" and suits_bags(value, locations)
+    value_of_all = value.to(wide).expand(-1, -1, locations.shape[2], -1)
+    with torch.autocast(value.device.type, enabled=False):
+        return (sample_by_bags if bags else sample_by_grid)(value_of_all, shapes, locations, weights).to(value.dtype)
+
+
+def _check(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> None:
     if sum(h * w for h, w in shapes) != value.shape[1]:
         raise ValueError(f"levels {list(shapes)} do not add up to {value.shape[1]} positions")
-    dtype = value.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    bags = _suits_bags(value, locations) and not must_be_differentiable_twice()
-    sample = sample_by_bags if bags else sample_by_grid
-    with torch.autocast(value.device.type, enabled=False):
-        return sample(value.to(wide), shapes, locations.to(wide), weights.to(wide)).to(dtype)
+    n, q, m, levels, points, _ = locations.shape
+    if value.shape[0] != n or value.shape[2] not in (1, m) or levels != len(shapes) or locations.shape[-1] != 2:
+        fits = f"(N,S,M,D) {tuple(value.shape)}, {len(shapes)} levels, locations {tuple(locations.shape)}"
+        raise ValueError(f"items, heads or levels of value and locations differ: {fits}")
+    if weights.shape != (n, q, m, levels, points):
+        raise ValueError(f"weights {tuple(weights.shape)} do not fit locations {tuple(locations.shape)}")
 
 
-def _suits_bags(value: Tensor, locations: Tensor) -> bool:
-    """Bags win on a CPU for wide heads, which repay the index arithmetic, and for few samples, as in a decoder."""
-    samples = locations[0, :, 0, ..., 0].numel()
-    return value.device.type == "cpu" and (value.shape[-1] >= 16 or samples < value.shape[1])
+def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
 
 
-def sample_by_grid(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """One grid_sample per level; arguments and result of `ms_deform_attn`, one floating dtype."""
-    n, _, m, d = value.shape
-    q = locations.shape[1]
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1)  # (N*M,Q,L,P,2)
-    total = value.new_zeros(n * m, d, q)
-    weights = weights.transpose(1, 2).flatten(0, 1)  # (N*M,Q,L,P)
-    for level, (part, (h, w)) in enumerate(zip(value.split([h * w for h, w in shapes], dim=1), shapes, strict=True)):
-        plane = part.permute(0, 2, 3, 1).reshape(n * m, d, h, w)
-        samples = F.grid_sample(plane, grids[:, :, level], align_corners=False)  # (N*M,D,Q,P)
-        total = total + (samples * weights[:, None, :, level]).sum(-1)
-    return total.view(n, m * d, q).transpose(1, 2)
+def _module(backend: str) -> ModuleType:
+    return import_module(_MODULES[backend])
 
 
-def sample_by_bags(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """The sparse-matrix view: a query and head is a bag of four corners per sample. CPU only; otherwise as above."""
-    n, s, m, d = value.shape
-    q = locations.shape[1]
-    corners = 4 * locations[0, 0, 0, ..., 0].numel()
-    step = max(1, _CHUNK // max(1, q * m * corners))
-    parts = []
-    for start in range(0, n, step):
-        items = slice(start, start + step)
-        rows, shares = _corners(locations[items], weights[items], shapes)  # (n',Q,M,4K)
-        count = rows.shape[0]
-        rows = rows * m + torch.arange(m)[:, None]
-        rows = rows + (torch.arange(count) * (s * m))[:, None, None, None]
-        bags = F.embedding_bag(
-            rows.view(-1, corners),
-            value[items].reshape(count * s * m, d),
-            per_sample_weights=shares.reshape(-1, corners),
-            mode="sum",
-        )
-        parts.append(bags.view(count, q, m * d))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+# Registered with PyTorch, so that torch.compile and torch.export take the compiled kernels as they are.
+_SAMPLES = "Tensor value, int[] sizes, Tensor locations, Tensor weights, str backend"
 
 
-def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
-    """Positions along S int64 (N,Q,M,4K) of the corners of each sample, and their bilinear shares times the weights."""
-    height = torch.tensor([h for h, _ in shapes])[:, None]  # (L,1)
-    width = torch.tensor([w for _, w in shapes])[:, None]
-    first = (height * width).cumsum(0) - height * width
-    # Far points are drawn in before they become integers: the conversion of a large float is undefined.
-    x = (locations[..., 0] * width - 0.5).clamp(min=-2).minimum((width + 1).to(locations))
-    y = (locations[..., 1] * height - 0.5).clamp(min=-2).minimum((height + 1).to(locations))
-    left, top = x.detach().floor(), y.detach().floor()
-    a, b = x - left, y - top
-    left, top = left.long(), top.long()
-    rows, shares = [], []
-    for down, along_y in ((0, 1 - b), (1, b)):
-        v = top + down
-        in_rows = (v >= 0) & (v < height)
-        weighted = weights * along_y
-        for right, along_x in ((0, 1 - a), (1, a)):
-            u = left + right
-            inside = in_rows & (u >= 0) & (u < width)
-            rows.append((first + v * width + u).masked_fill(~inside, 0).flatten(-2))
-            shares.append((weighted * along_x).masked_fill(~inside, 0).flatten(-2))
-    return torch.cat(rows, -1), torch.cat(shares, -1)
+@torch.library.custom_op("fewref::ms_deform_attn", mutates_args=(), schema=f"({_SAMPLES}) -> Tensor")
+def _sample(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
+    if backend == "triton":
+        value = value.expand(-1, -1, locations.shape[2], -1)
+    return _module(backend).forward(value, _pairs(sizes), locations, weights)
+
+
+@_sample.register_fake
+def _(value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str) -> Tensor:
+    n, q, m = locations.shape[:3]
+    return value.new_empty(n, q, m * value.shape[3])
+
+
+@torch.library.custom_op(
+    "fewref::ms_deform_attn_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_SAMPLES}) -> (Tensor, Tensor, Tensor)",
+)
+def _differentiate(
+    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = locations.shape[2]
+    planes = value.expand(-1, -1, m, -1) if backend == "triton" else value
+    grads = _module(backend).backward(grad, planes, _pairs(sizes), locations, weights)
+    if planes.shape != value.shape:
+        grads = (grads[0].sum(2, keepdim=True), *grads[1:])
+    return grads
+
+
+@_differentiate.register_fake
+def _(
+    grad: Tensor, value: Tensor, sizes: list[int], locations: Tensor, weights: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return value.new_empty(value.shape), locations.new_empty(locations.shape), weights.new_empty(weights.shape)
+
+
+def _remember(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    value, ctx.sizes, locations, weights, ctx.backend = inputs
+    ctx.save_for_backward(value, locations, weights)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    value, locations, weights = ctx.saved_tensors
+    to_value, to_locations, to_weights = _differentiate(grad, value, ctx.sizes, locations, weights, ctx.backend)
+    return to_value, None, to_locations, to_weights, None
+
+
+_sample.register_autograd(_backward, setup_context=_remember)

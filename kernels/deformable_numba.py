@@ -22,7 +22,8 @@ from torch import Tensor
 
 Shapes = Sequence[tuple[int, int]]
 
-_WIDEST = 64  # channels at once: four accumulators of this width just fit the registers of AVX-512
+# Channels at once: a power of two, so that few widths are compiled. Four sums of 64 fit the registers of AVX-512.
+_WIDEST = 64
 _LINE = 16  # numbers that come from memory together
 _AHEAD = 8  # queries between the request for their samples and the use of them
 _WORTH_THREADS = 3_000_000  # samples times channels below which starting a thread costs more than it saves
@@ -65,15 +66,15 @@ def zeros(typing: Any, width: Any) -> Any:
     return Vector(width.literal_value)(width), generate
 
 
-@intrinsic(prefer_literal=True)
-def load(typing: Any, array: Any, offset: Any, width: Any) -> Any:
-    """load(array, offset, width) -> Vector from array[offset : offset + width]; `width` a constant."""
+@intrinsic
+def load(typing: Any, array: Any, offset: Any, like: Any) -> Any:
+    """load(array, offset, like) -> Vector from `offset` on, of the width of the vector `like`."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         kind = context.get_value_type(signature.return_type)
         return builder.load(_pointer(context, builder, array, values[0], values[1], kind), align=4)
 
-    return Vector(width.literal_value)(array, types.int64, width), generate
+    return like(array, types.int64, like), generate
 
 
 @intrinsic
@@ -191,11 +192,13 @@ def fetch_samples(locations, weights, cell, points):
 
 
 @_compiled
-def copy_plane(positions, channels, source, base, row, target, target_base, target_row):
-    """Copy the `channels` numbers of each position; rows begin at base, base + row, ..."""
+def copy_plane(like, width, positions, channels, source, base, row, target, target_base, target_row):
+    """Copy the `channels` numbers of each position, `width` (as of `like`) at once; rows start at base, base + row."""
     for position in range(positions):
-        for c in range(channels):
-            target[target_base + position * target_row + c] = source[base + position * row + c]
+        for c in range(0, channels, width):
+            for line in range(0, width, _LINE):
+                fetch(source, base + (position + 2 * _AHEAD) * row + c + line)
+            store(target, target_base + position * target_row + c, load(source, base + position * row + c, like))
 
 
 @_compiled
@@ -226,30 +229,30 @@ def kernels(width: int) -> tuple[Callable, Callable]:
     @_compiled
     def forward(value, strides, sizes, levels, locations, weights, output, packed, first, last):
         positions, queries, heads, channels = sizes
-        points = len(levels)
+        points, none = len(levels), zeros(width)
         corners, parts = np.empty((points, 4), np.int64), np.empty((points, 8), np.float32)
         plane = np.empty(positions * channels if packed else 0, np.float32)
         for task in range(first, last):
             item, head = task // heads, task % heads
             source, base, row = value, item * strides[0] + head * strides[2], strides[1]
             if packed:
-                copy_plane(positions, channels, value, base, row, plane, 0, channels)
+                copy_plane(none, width, positions, channels, value, base, row, plane, 0, channels)
                 source, base, row = plane, 0, channels
             for query in range(queries):
                 cell = (item * queries + query) * heads + head
                 fetch_samples(locations, weights, cell + _AHEAD * heads, points)
                 locate(locations, cell * points * 2, levels, corners, parts)
                 for c in range(0, channels, width):
-                    s00, s01, s10, s11 = zeros(width), zeros(width), zeros(width), zeros(width)
+                    s00 = s01 = s10 = s11 = none
                     for k in range(points):
                         if corners[k, 0] >= 0:
                             upper = weights[cell * points + k] * parts[k, 2]
                             lower = weights[cell * points + k] * parts[k, 3]
                             left, right, at = parts[k, 0], parts[k, 1], base + c
-                            s00 = add_scaled(s00, upper * left, load(source, at + corners[k, 0] * row, width))
-                            s01 = add_scaled(s01, upper * right, load(source, at + corners[k, 1] * row, width))
-                            s10 = add_scaled(s10, lower * left, load(source, at + corners[k, 2] * row, width))
-                            s11 = add_scaled(s11, lower * right, load(source, at + corners[k, 3] * row, width))
+                            s00 = add_scaled(s00, upper * left, load(source, at + corners[k, 0] * row, none))
+                            s01 = add_scaled(s01, upper * right, load(source, at + corners[k, 1] * row, none))
+                            s10 = add_scaled(s10, lower * left, load(source, at + corners[k, 2] * row, none))
+                            s11 = add_scaled(s11, lower * right, load(source, at + corners[k, 3] * row, none))
                     store(output, cell * channels + c, add(add(s00, s01), add(s10, s11)))
 
     @_compiled
@@ -257,7 +260,7 @@ def kernels(width: int) -> tuple[Callable, Callable]:
         # gradients: of value, locations and weights; that of value is written where packed, else added to.
         positions, queries, heads, channels = sizes
         grad_value, grad_locations, grad_weights = gradients
-        points = len(levels)
+        points, none = len(levels), zeros(width)
         corners, parts = np.empty((points, 4), np.int64), np.empty((points, 8), np.float32)
         products = np.empty((points, 4), np.float32)
         plane = np.empty(positions * channels if packed else 0, np.float32)
@@ -267,7 +270,7 @@ def kernels(width: int) -> tuple[Callable, Callable]:
             source, base, row = value, item * strides[0] + head * strides[2], strides[1]
             target, onto, step = grad_value, item * grad_strides[0] + head * grad_strides[2], grad_strides[1]
             if packed:
-                copy_plane(positions, channels, value, base, row, plane, 0, channels)
+                copy_plane(none, width, positions, channels, value, base, row, plane, 0, channels)
                 source, base, row = plane, 0, channels
                 grad_plane[:] = 0
                 target, onto, step = grad_plane, 0, channels
@@ -278,18 +281,18 @@ def kernels(width: int) -> tuple[Callable, Callable]:
                 products[:] = 0
                 for c in range(0, channels, width):
                     fetch(grad, (cell + _AHEAD * heads) * channels + c)
-                    incoming = load(grad, cell * channels + c, width)
+                    incoming = load(grad, cell * channels + c, none)
                     for k in range(points):
                         if corners[k, 0] >= 0:
                             for j in range(4):
-                                products[k, j] += dot(incoming, load(source, base + corners[k, j] * row + c, width))
+                                products[k, j] += dot(incoming, load(source, base + corners[k, j] * row + c, none))
                                 share = weights[cell * points + k] * parts[k, j % 2] * parts[k, 2 + j // 2]
                                 at = onto + corners[k, j] * step + c
-                                store(target, at, add_scaled(load(target, at, width), share, incoming))
+                                store(target, at, add_scaled(load(target, at, none), share, incoming))
                 differentiate(points, weights, cell * points, products, corners, parts, grad_locations, grad_weights)
             if packed:
                 base = item * grad_strides[0] + head * grad_strides[2]
-                copy_plane(positions, channels, grad_plane, 0, channels, grad_value, base, grad_strides[1])
+                copy_plane(none, width, positions, channels, grad_plane, 0, channels, grad_value, base, grad_strides[1])
 
     return forward, backward
 
@@ -314,7 +317,7 @@ def backward(
     """Gradients of value (its dtype), locations and weights (float32) from that of the result, grad (N,Q,M*D)."""
     call = _Call(value, shapes, locations, weights)
     if not (value.numel() and locations.numel()):
-        return torch.zeros_like(value), torch.zeros_like(locations), torch.zeros_like(weights)
+        return tuple(given.new_zeros(given.shape) for given in (value, locations, weights))
     make = torch.empty if call.packed else torch.zeros
     grad_value = make(value.shape)
     grad_locations, grad_weights = torch.empty(locations.shape), torch.empty(weights.shape)
@@ -340,7 +343,7 @@ class _Call:
         self.arguments += (_flat(locations.float().contiguous()), _flat(weights.float().contiguous()))
         # A copy must repay itself. Heads that share a plane share its gradient: one task after the other adds to it.
         self.packed = q * levels * points >= positions and planes == m
-        self.kernels = kernels(max(w for w in range(1, min(_WIDEST, channels) + 1) if channels % w == 0))
+        self.kernels = kernels(math.gcd(channels, _WIDEST))
         self.tasks, self.group = n * m, m if planes < m else 1
         self.work = n * q * m * levels * points * channels
 

@@ -67,6 +67,10 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.float
     return forced
 
 
+# What torch.compiler.assume_constant_result does, which would import torch._dynamo: seconds, and Triton with it.
+choose._dynamo_marked_constant = True
+
+
 def report(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """What runs for each operator, with the reason in parentheses where the device's compiled form cannot.
 

@@ -33,7 +33,7 @@ class Expect:
     def __call__(self, name: str, actual: object) -> None:
         """name: with or without its prefix `out_`; shapes must be equal, values within its stated tolerance."""
         if isinstance(actual, torch.Tensor):
-            actual = actual.detach().numpy()
+            actual = actual.detach().cpu().numpy()
         name = name if name in self.arrays else f"out_{name}"
         actual, wanted = np.asarray(actual), self.arrays[name]
         self.left.discard(name)

@@ -1,4 +1,4 @@
-"""The operators' properties beyond the golden numbers: definitions, far points, half types, memory, errors."""
+"""Affinity and dynamic mask head beyond the golden numbers: definitions, plain forms, memory, errors."""
 
 from __future__ import annotations
 
@@ -8,118 +8,52 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fewref.kernels import deformable_attention
 from fewref.kernels.affinity import affinity
-from fewref.kernels.deformable_attention import ms_deform_attn, sample_by_bags, sample_by_grid
 from fewref.kernels.dynamic_mask import aligned_bilinear, dynamic_mask_head, parameter_counts
 
-SHAPES = [(5, 7), (3, 4), (1, 2)]
+FORMS = ("reference", "pytorch")
 
 
-def random_samples(seed: int = 0, n: int = 2, q: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    value = torch.randn(n, sum(h * w for h, w in SHAPES), 4, 8, generator=generator)
-    locations = torch.rand(n, q, 4, 3, 2, 2, generator=generator) * 1.6 - 0.3
-    weights = torch.randn(n, q, 4, 3, 2, generator=generator)
-    return value, locations, weights
+@pytest.mark.parametrize("backend", FORMS)
+@pytest.mark.parametrize(("channels", "values_channels"), [(16, 16), (16, 10), (8, 24)])
+def test_affinity_is_a_softmax_over_the_keys(backend: str, channels: int, values_channels: int) -> None:
+    generator = torch.Generator().manual_seed(channels + values_channels)
+    shapes = ((2, 30, channels), (2, 12, channels), (2, 12, values_channels))
+    given = [(3 * torch.randn(shape, generator=generator)).requires_grad_() for shape in shapes]
+    exact = [tensor.detach().double().requires_grad_() for tensor in given]
+    want = torch.stack(
+        [
+            torch.stack([(torch.mv(k, pixel) / channels**0.5).softmax(0) @ v for pixel in q])
+            for q, k, v in zip(*exact, strict=True)
+        ]
+    )
+    got = affinity(*given, backend=backend)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    incoming = torch.randn(got.shape, generator=generator)
+    gradients = torch.autograd.grad(got, given, incoming)
+    for mine, true in zip(gradients, torch.autograd.grad(want, exact, incoming.double()), strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-4, atol=1e-4)
 
 
-def by_definition(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Corner by corner in float64, written as loops."""
-    n, q, m, _, points, _ = locations.shape
-    total = torch.zeros(n, q, m, value.shape[-1], dtype=torch.float64)
-    starts = [0, 35, 47]
-    for i, j, k, level, p in torch.cartesian_prod(*map(torch.arange, (n, q, m, 3, points))).tolist():
-        h, w = SHAPES[level]
-        x, y = (locations[i, j, k, level, p].double() * torch.tensor([w, h]) - 0.5).tolist()
-        for row in range(h):
-            for column in range(w):
-                share = max(0.0, 1 - abs(x - column)) * max(0.0, 1 - abs(y - row))
-                if share:
-                    pixel = value[i, starts[level] + row * w + column, k].double()
-                    total[i, j, k] += weights[i, j, k, level, p].double() * share * pixel
-    return total.flatten(2)
-
-
-@pytest.mark.parametrize("form", [sample_by_bags, sample_by_grid])
-def test_deformable_is_its_definition(form: object) -> None:
-    value, locations, weights = random_samples()
-    got = form(value, SHAPES, locations, weights)
-    torch.testing.assert_close(got, by_definition(value, locations, weights).float(), rtol=1e-5, atol=1e-5)
-
-
-def test_deformable_gradients_in_float64() -> None:
-    value, locations, weights = (t.double().requires_grad_() for t in random_samples(1, n=1, q=1))
-    torch.autograd.gradcheck(lambda *args: ms_deform_attn(args[0], SHAPES, *args[1:]), (value, locations, weights))
-
-
-@pytest.mark.parametrize(("channels", "queries", "wanted"), [(32, 90, "bags"), (8, 90, "grid"), (8, 5, "bags")])
-def test_deformable_picks_the_form_by_size(
-    channels: int, queries: int, wanted: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used = []
-    for name, form in (("bags", sample_by_bags), ("grid", sample_by_grid)):
-        spy = lambda *args, name=name, form=form: used.append(name) or form(*args)  # noqa: E731
-        monkeypatch.setattr(deformable_attention, f"sample_by_{name}", spy)
-    shape = (1, queries, 2, 3, 2)
-    value = torch.randn(1, 49, 2, channels)
-    ms_deform_attn(value, SHAPES, torch.rand(*shape, 2), torch.rand(shape))
-    assert used == [wanted]
-
-
-def test_deformable_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    value, locations, weights = random_samples(n=5)
-    whole = sample_by_bags(value, SHAPES, locations, weights)
-    monkeypatch.setattr(deformable_attention, "_CHUNK", 2 * 6 * 4 * 24)
-    assert torch.equal(sample_by_bags(value, SHAPES, locations, weights), whole)
-
-
-def test_deformable_far_points_give_zero() -> None:
-    value, locations, weights = random_samples()
-    far = torch.where(locations > 0.5, 3e9, -3e9).requires_grad_()
-    output = ms_deform_attn(value, SHAPES, far, weights)
-    output.sum().backward()
-    assert not output.any()
-    assert not far.grad.any()
-
-
-def test_deformable_keeps_coordinates_wide_in_half_precision() -> None:
-    value, locations, weights = random_samples()
-    with torch.autocast("cpu", torch.bfloat16):
-        got = ms_deform_attn(value.bfloat16(), SHAPES, locations, weights)
-    exact = ms_deform_attn(value.bfloat16().float(), SHAPES, locations, weights)
-    assert got.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), exact, rtol=1e-2, atol=1e-2)  # one rounding, at the end
-
-
-def test_deformable_refuses_levels_that_do_not_fit() -> None:
-    value, locations, weights = random_samples()
-    with pytest.raises(ValueError, match="add up"):
-        ms_deform_attn(value[:, 1:], SHAPES, locations, weights)
-
-
-def test_affinity_is_a_softmax_over_the_keys() -> None:
-    query, keys, values = torch.randn(2, 30, 16), torch.randn(2, 12, 16), torch.randn(2, 12, 10)
-    want = (query @ keys.transpose(1, 2) / 4).softmax(-1) @ values
-    torch.testing.assert_close(affinity(query, keys, values), want, rtol=1e-5, atol=1e-5)
-
-
-def test_affinity_never_holds_the_matrix() -> None:
+@pytest.mark.parametrize(("backend", "holds"), [("pytorch", False), ("reference", True)])
+def test_affinity_never_holds_the_matrix(backend: str, holds: bool) -> None:
     """Channel-major tensors seen through a transpose are what the convolutions give; unfused they cost N*M floats."""
     n, m = 4096, 2048
     query, keys, values = (torch.randn(1, 64, size).transpose(1, 2) for size in (n, m, m))
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        affinity(query, keys, values)
+        affinity(query, keys, values, backend=backend)
     largest = max(event.self_cpu_memory_usage for event in run.events())
-    assert 0 < largest < n * m * 4 / 4
+    assert largest > 0
+    assert (largest >= n * m * 4 / 4) == holds
 
 
-def test_dynamic_mask_head_is_a_small_network_per_query() -> None:
+@pytest.mark.parametrize("backend", FORMS)
+def test_dynamic_mask_head_is_a_small_network_per_query(backend: str) -> None:
     n, q, c, h, w = 2, 3, 6, 4, 5
     features, references = torch.randn(n, c, h, w), torch.rand(n, q, 2) * 20
     counts, biases = parameter_counts(c, 8, 3)
     parameters = torch.randn(n, q, sum(counts) + sum(biases))
-    got = dynamic_mask_head(features, parameters, references, stride=4)
+    got = dynamic_mask_head(features, parameters, references, stride=4, backend=backend)
     y, x = torch.meshgrid(torch.arange(h) * 4 + 2.0, torch.arange(w) * 4 + 2.0, indexing="ij")
     for i in range(n):
         for j in range(q):
@@ -130,6 +64,28 @@ def test_dynamic_mask_head_is_a_small_network_per_query() -> None:
                 z = F.conv2d(z, parts[layer].view(outputs, inputs, 1, 1), parts[layer + 3])
                 z = z.relu() if layer < 2 else z
             torch.testing.assert_close(got[i, j], z[0, 0], rtol=1e-4, atol=1e-3)
+
+
+def head_memory(backend: str) -> tuple[Tensor, int]:
+    """Logits of a head for 6 queries of 64 channels, and the bytes of the largest tensor that it allocates."""
+    generator = torch.Generator().manual_seed(0)
+    counts = sum(sum(part) for part in parameter_counts(64, 8, 3))
+    features, parameters = (
+        torch.randn(2, 64, 20, 30, generator=generator),
+        torch.randn(2, 6, counts, generator=generator),
+    )
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        logits = dynamic_mask_head(features, 0.1 * parameters, torch.ones(2, 6, 2) * 50, backend=backend)
+    return logits, max(event.self_cpu_memory_usage for event in run.events())
+
+
+def test_dynamic_mask_head_never_repeats_the_features() -> None:
+    split, little = head_memory("pytorch")
+    repeated, much = head_memory("reference")
+    torch.testing.assert_close(split, repeated, rtol=1e-4, atol=1e-3)
+    copies = 2 * 6 * 64 * 20 * 30 * 4
+    assert little < copies / 4
+    assert much >= copies
 
 
 def test_dynamic_mask_head_refuses_a_wrong_parameter_count() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 
 from fewref.kernels import deformable_attention
 from fewref.kernels.affinity import affinity
+from fewref.kernels.deformable_attention import ms_deform_attn
+from fewref.kernels.dispatch import BACKENDS, import_problem, using
 from fewref.kernels.dynamic_mask import aligned_bilinear, dynamic_mask_head, parameter_counts
 from fewref.methods.cma.affinity import QKV, SupportFeatures, SupportShot, prepare_support, rewrite_level
 from fewref.methods.layers.deformable import MSDeformAttn, grid_references, valid_ratio
 
 GOLDEN = golden_folder("kernels")
-FORMS = {"bags": deformable_attention.sample_by_bags, "grid": deformable_attention.sample_by_grid}
 Inputs = dict[str, Tensor]
-Sampler = Callable[[Tensor, deformable_attention.Shapes, Tensor, Tensor], Tensor]
 
 
-def read_inputs(case: dict, arrays: Mapping[str, np.ndarray]) -> Inputs:
-    """The case's input arrays; floating ones collect gradients."""
+def read_inputs(case: dict, arrays: Mapping[str, np.ndarray], device: str) -> Inputs:
+    """The case's input arrays on a device; floating ones collect gradients."""
     names = [name for name, told in case["arrays"].items() if told["role"] == "input"]
-    tensors = {name: torch.from_numpy(arrays[name]) for name in names}
+    tensors = {name: torch.from_numpy(arrays[name]).to(device) for name in names}
     return {name: t.requires_grad_() if t.is_floating_point() else t for name, t in tensors.items()}
 
 
@@ -35,27 +35,28 @@ def map_shapes(given: Inputs) -> list[tuple[int, int]]:
     return [tuple(shape) for shape in given["spatial_shapes"].tolist()]
 
 
-def check_core(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> None:
+def check_core(case: dict, given: Inputs, expect: Expect) -> None:
     names = ("value", "sampling_locations", "attention_weights")
     value, locations, weights = (given[name] for name in names)
-    output = sampler(value, map_shapes(given), locations, weights)
+    output = ms_deform_attn(value, map_shapes(given), locations, weights)
     output.backward(given["grad_output"])
     expect("output", output)
     expect("grad_value", value.grad)
     expect("grad_attention_weights", weights.grad)
     strict = "grad_sampling_locations_strict"
     if strict in expect.arrays:  # on the border two derivatives are right; each entry must be one of them
-        plain, got = "grad_sampling_locations", locations.grad.numpy()
+        plain, got = "grad_sampling_locations", locations.grad.cpu().numpy()
         closer = np.abs(got - expect.arrays[strict]) < np.abs(got - expect.arrays[plain])
         expect.arrays[plain] = np.where(closer, expect.arrays[strict], expect.arrays[plain])
         expect.left.discard(strict)
     expect("grad_sampling_locations", locations.grad)
 
 
-def check_module(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> None:
+def check_module(case: dict, given: Inputs, expect: Expect) -> None:
     config = case["config"]
     module = MSDeformAttn(config["d_model"], config["n_levels"], config["n_heads"], config["n_points"])
     fill_by_name(module)
+    module.to(given["query"].device)
     query, references, source = (given[name] for name in ("query", "reference_points", "input_flatten"))
     shapes = map_shapes(given)
     locations, weights = module.samples(query, references, shapes)
@@ -74,7 +75,7 @@ def check_module(case: dict, given: Inputs, expect: Expect, sampler: Sampler) ->
             assert parameter.grad.norm().item() == pytest.approx(norms[name], rel=1e-4)
 
 
-def check_init(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> None:
+def check_init(case: dict, given: Inputs, expect: Expect) -> None:
     for name in sorted(expect.left):
         heads, levels, points = (int(part[1:]) for part in name.split("_")[-3:])
         module = MSDeformAttn(heads * 4, levels, heads, points)
@@ -83,14 +84,14 @@ def check_init(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> N
         assert not module.attention_weights.weight.any()
 
 
-def check_references(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> None:
+def check_references(case: dict, given: Inputs, expect: Expect) -> None:
     masks = [given[f"mask_{level}"] for level in range(len(case["config"]["spatial_shapes"]))]
     ratios = torch.stack([valid_ratio(mask) for mask in masks], 1)
     expect("valid_ratios", ratios)
     expect("reference_points", grid_references([tuple(mask.shape[1:]) for mask in masks], ratios))
 
 
-def check_affinity(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> None:
+def check_affinity(case: dict, given: Inputs, expect: Expect) -> None:
     query, keys, values = given["Q"].transpose(1, 2), given["K"], given["V"].transpose(1, 2)
     output = affinity(query, keys, values).transpose(1, 2)
     output.backward(given["grad_M"])
@@ -101,7 +102,7 @@ def check_affinity(case: dict, given: Inputs, expect: Expect, sampler: Sampler) 
         expect(f"grad_{name}", given[name].grad)
 
 
-def check_affinity_block(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> None:
+def check_affinity_block(case: dict, given: Inputs, expect: Expect) -> None:
     width = case["config"]["dim"]
     parts = nn.ModuleDict(
         {
@@ -130,7 +131,7 @@ def check_affinity_block(case: dict, given: Inputs, expect: Expect, sampler: Sam
             assert gradient.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-2), name
 
 
-def check_head(case: dict, given: Inputs, expect: Expect, sampler: Sampler) -> None:
+def check_head(case: dict, given: Inputs, expect: Expect) -> None:
     config = case["config"]
     features, parameters, references = (given[name] for name in ("mask_features", "params", "reference_points"))
     b, t = features.shape[:2]
@@ -164,20 +165,28 @@ CHECKS = {
     "cma_affinity_block": check_affinity_block,
     "dynamic_mask_head": check_head,
 }
-SAMPLED = ("ms_deform_attn_core", "ms_deform_attn_module")
+# The backends that differ for each kind; the rest of the kinds holds no operator.
+SAMPLED, TWO = BACKENDS, ("reference", "pytorch")
+FORMS = {"ms_deform_attn_core": SAMPLED, "ms_deform_attn_module": SAMPLED}
+FORMS |= {"affinity_attention": TWO, "affinity_block": TWO, "dynamic_mask_head": TWO}
 CASES = [
-    pytest.param(case, form, id=f"{Path(case['file']).stem}-{form}")
+    pytest.param(case, backend, id=f"{Path(case['file']).stem}-{backend}")
     for case in load_cases(GOLDEN)
-    for form in (FORMS if case["kind"] in SAMPLED else ["bags"])
+    for backend in FORMS.get(case["kind"], ("pytorch",))
 ]
 
 
-@pytest.mark.parametrize(("case", "form"), CASES)
-def test_case(case: dict, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("case", "backend"), CASES)
+def test_case(case: dict, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "pytorch" samples by embedding bags at every size: by grid_sample, its form for some, it is the reference."""
+    if problem := import_problem(backend):
+        pytest.skip(problem)
     assert case["kind"] in CHECKS, f"{case['file']} has no check"
     with np.load(GOLDEN / case["file"]) as file:
         arrays = dict(file)
-    monkeypatch.setattr(deformable_attention, "_suits_bags", lambda *_: form == "bags")
+    monkeypatch.setattr(deformable_attention, "suits_bags", lambda *_: True)
     expect = Expect(case, arrays)
-    CHECKS[case["kind"]](case, read_inputs(case, arrays), expect, FORMS[form])
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    with using(backend):
+        CHECKS[case["kind"]](case, read_inputs(case, arrays, device), expect)
     expect.finish()
