@@ -70,8 +70,10 @@ def run(
     out: run folder. scoring: names of scoring protocols. extras: defining values for the header. text, support: see
     `ablations`. shard: (index from 0, count) takes every count-th episode; None follows torchrun, or takes all.
     workers: processes that score; 0 scores between the queries.
-    A query in which the method raises gives a row with status "failed" (asked again at the next start), and the run
-    goes on; after out-of-memory it is asked again with half the window, which its row records.
+    Queries of an episode about one clip are decoded together, and asked together where the method `shares_clips`; rows
+    do not depend on it. A query in which the method raises gives a row with status "failed" (asked again at the next
+    start), and the run goes on; after out-of-memory it is asked again with one window at a time, and then with half the
+    window, which its row records.
     Raises InputError for bad data, a folder of another run and unknown names; what is finished by then stays.
     """
     ablations.check_modes(text, support)
