@@ -168,6 +168,8 @@ def test_who_is_asked_for_whole_clips():
 def test_strategies_pass_on_what_they_can(strategy, shares, monkeypatch):
     adapted = wrap(built("referformer"), AdaptOptions(strategy, steps=1, augment=False))
     assert adapted.shares_clips == shares
+    adapted.batch = 3
+    assert adapted.method.batch == 3
     adapted.adapt(make_case(0, "dog", (48, 64)).support)
     calls = counted(monkeypatch, adapted.method, "predict_clip")
     queries = questions(frames=2)[:2]

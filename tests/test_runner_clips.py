@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import Executor, Future
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +13,8 @@ import pytest
 import torch
 from noisy_runs import QUERIES, Noisy, content, copy_cut, start
 
+from fewref.benchmark import runner
+from fewref.benchmark.judge import judge
 from fewref.benchmark.store import read_predictions, read_rows
 from fewref.benchmark.units import tasks_of, units_of
 from fewref.episodes import readers
@@ -121,6 +125,30 @@ def test_one_call_per_clip_and_its_seconds_shared(small, straight, tmp_path):
     assert equal(tmp_path / "run", straight)
     pairs = [(rows[place], rows[place + 1]) for place in range(0, QUERIES, 2)]
     assert all(one.video == other.video and one.seconds_predict == other.seconds_predict for one, other in pairs)
+
+
+def test_the_next_clip_is_asked_about_before_the_scores_of_the_last_are_waited_for(
+    small, straight, tmp_path, monkeypatch
+):
+    class Later(Future):
+        """Is done when somebody waits for it."""
+
+        def result(self, timeout=None):
+            method.calls.append("waited")
+            return judge(*self.given)
+
+    class Pool(Executor):
+        def submit(self, function, *given):
+            job = Later()
+            job.given = given
+            return job
+
+    monkeypatch.setattr(runner, "open_pool", lambda workers: nullcontext(Pool()))
+    method = Together()
+    start(small, tmp_path / "run", method, workers=1)
+    assert method.calls[: method.calls.index("waited")].count(2) > 1
+    assert method.calls.count("waited") == QUERIES
+    assert equal(tmp_path / "run", straight)
 
 
 def test_taken_up_in_the_middle_of_a_clip(small, straight, tmp_path):
