@@ -29,7 +29,7 @@ _FORMS = {
     "mask_scores": ("pytorch",),
 }
 OPS = tuple(_FORMS)
-_COMPILED = {"numba": "cpu", "triton": "cuda"}  # and the device that they are for
+COMPILED = {"numba": "cpu", "triton": "cuda"}  # and the device that they are for
 _COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _FORCED: ContextVar[str | None] = ContextVar("kernels", default=None)
@@ -55,7 +55,7 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype = torch.float
     if op == "deformable_attention" and must_be_differentiable_twice():
         return "reference"
     if dtype not in _COMPILED_DTYPES:
-        forms = tuple(name for name in forms if name not in _COMPILED)
+        forms = tuple(name for name in forms if name not in COMPILED)
     if forced is None:
         if op == "deformable_attention" and dtype == torch.float64:
             return "reference"
@@ -79,7 +79,7 @@ def report(device: torch.device | str, dtype: torch.dtype = torch.float32) -> di
     told, kind = {}, torch.device(device).type
     for op, forms in _FORMS.items():
         told[op] = choose(op, device, dtype)
-        wanted = next((name for name in forms if _COMPILED.get(name) == kind), None)
+        wanted = next((name for name in forms if COMPILED.get(name) == kind), None)
         if wanted and told[op] != wanted and _FORCED.get() is None and not os.environ.get(ENVIRONMENT):
             problem = import_problem(wanted)
             told[op] += f" ({problem})" if problem else ""
@@ -110,10 +110,10 @@ def _check_name(backend: str, source: str) -> None:
 
 def _problem(backend: str, kind: str, *, forced: bool) -> str:
     """Why `backend` cannot run on a kind of device, with the mend; "" if it can."""
-    if backend not in _COMPILED:
+    if backend not in COMPILED:
         return ""
     interpreted = backend == "triton" and kind == "cpu" and os.environ.get("TRITON_INTERPRET") == "1" and forced
-    if kind != _COMPILED[backend] and not interpreted:
+    if kind != COMPILED[backend] and not interpreted:
         where = "a CUDA device, or with TRITON_INTERPRET=1 slowly on a CPU" if backend == "triton" else "a CPU"
         return f"runs on {where}, not on {kind!r}; choose another or leave the choice free"
     return import_problem(backend)
@@ -122,7 +122,7 @@ def _problem(backend: str, kind: str, *, forced: bool) -> str:
 @lru_cache
 def import_problem(backend: str) -> str:
     """Why the library of a backend cannot be imported, with the mend; "" if it can. Tried once per process."""
-    if backend not in _COMPILED:
+    if backend not in COMPILED:
         return ""
     if find_spec(backend) is None:
         return f"{backend} is not installed; pip install {backend}"

@@ -29,38 +29,68 @@ def dynamic_mask_head(
     stride: int = 4,
     width: int = 8,
     layers: int = 3,
+    projection: tuple[Tensor, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Mask logits of every query, without a copy of the features per query.
 
     features: (N,C,h,w); parameters: (N,Q,G), all weights layer by layer (output-major), then all biases;
     references: (N,Q,2) as (x,y) in pixels of the unpadded input, or None for a head without coordinates; stride: pixels
-    per cell; backend: see `dispatch.choose`. Returns logits (N,Q,h,w), float32 at least. Raises ValueError where G does
-    not fit, and as `choose` does. Source: kernels specification 3.
+    per cell; projection: weight (C,C',k,k) and bias (C,) of a convolution that the features, then (N,C',h,w), have yet
+    to pass; folded into the first layer where that makes it smaller. backend: see `dispatch.choose`. Returns logits
+    (N,Q,h,w), float32 at least. Raises ValueError where G does not fit, and as `choose` does.
+    Source: kernels specification 3.
     """
-    weight_counts, bias_counts = parameter_counts(features.shape[1], width, layers, references is not None)
+    channels = features.shape[1] if projection is None else len(projection[0])
+    weight_counts, bias_counts = parameter_counts(channels, width, layers, references is not None)
     if parameters.shape[2] != sum(weight_counts) + sum(bias_counts):
         raise ValueError(f"{parameters.shape[2]} parameters per query, expected {sum(weight_counts + bias_counts)}")
     chunks = parameters.split(weight_counts + bias_counts, dim=2)
     weights, biases = chunks[:layers], [bias.float() for bias in chunks[layers:]]
     plain = choose("dynamic_mask", features.device, features.dtype, backend) == "reference"
-    return (_repeat if plain else _split)(features, weights, biases, references, stride)
+    if projection is not None and (plain or parameters.shape[1] * width >= channels):
+        features, projection = _project(features, *projection), None
+    if plain:
+        return _repeat(features, weights, biases, references, stride)
+    first = weights[0].unflatten(2, (width, -1))  # (N,Q,width,C+2)
+    x = _first_products(features, first[..., :channels], projection)
+    return _split(x, first[..., channels:], weights[1:], biases, references, stride)
+
+
+def _project(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(features, weight, bias, padding=weight.shape[-1] // 2)
+
+
+def _first_products(features: Tensor, weights: Tensor, projection: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Weights (N,Q,width,C) times the features of their frame, read once: float32 (N,Q,width,h,w)."""
+    h, w = features.shape[2:]
+    rows = weights.flatten(1, 2)
+    if projection is None:
+        x = rows @ features.flatten(2)
+    else:
+        kernels = (rows @ projection[0].flatten(1)).unflatten(2, projection[0].shape[1:])  # (N,Q*width,C',k,k)
+        frames = zip(features.split(1), kernels, rows @ projection[1], strict=True)
+        x = torch.cat([_project(frame, kernel, bias) for frame, kernel, bias in frames])
+    return x.float().reshape(*weights.shape[:3], h, w)
 
 
 def _split(
-    features: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], references: Tensor | None, stride: int
+    x: Tensor,
+    along: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    references: Tensor | None,
+    stride: int,
 ) -> Tensor:
-    """The first layer as one product for the features of a frame and an outer sum for the coordinates."""
-    n, c, h, w = features.shape
-    q, width = biases[0].shape[1:]
-    first = weights[0].reshape(n, q * width, -1)
-    x = (first[..., :c] @ features.flatten(2)).float().view(n, q, width, h, w)
+    """The rest of the first layer, x being its share of the features and `along` (N,Q,width,2) the weights of the
+    coordinates, an outer sum; and the later layers."""
+    n, q, width, h, w = x.shape
     x = x + biases[0][..., None, None]
-    with torch.autocast(features.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         if references is not None:
-            x = x + _coordinate_terms(first[..., c:].float().view(n, q, width, 2), references.float(), h, w, stride)
+            x = x + _coordinate_terms(along.float(), references.float(), h, w, stride)
         x = x.flatten(3)  # (N,Q,width,h*w)
-        for weight, bias in zip(weights[1:], biases[1:], strict=True):
+        for weight, bias in zip(weights, biases[1:], strict=True):
             matrix = weight.float().reshape(n, q, -1, width)
             x = matrix @ x.relu() + bias.reshape(n, q, -1, 1)
     return x.view(n, q, h, w)

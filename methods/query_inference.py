@@ -57,12 +57,6 @@ def resize_short_side(frames: np.ndarray, short_side: int) -> np.ndarray:
     return np.stack([np.asarray(image.resize(size, Image.Resampling.BILINEAR)).transpose(2, 0, 1) for image in images])
 
 
-def select_query(logits: Tensor) -> tuple[int, Tensor]:
-    """Which query answers a window: logits (T,Q,1) -> its index, and the mean probability over the frames, (Q,)."""
-    scores = logits.float().sigmoid().mean(0).amax(-1)
-    return int(scores.argmax()), scores
-
-
 def probabilities(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Mask logits (T,h,w) -> probabilities float32 (T,H,W) at `size`, enlarged bilinearly before the sigmoid."""
     return resize(logits.float(), size).sigmoid()
@@ -120,17 +114,15 @@ def _answer_windows(
     size = frames.shape[-2:]
     clips = normalise(torch.tensor(frames, device=next(net.parameters()).device)).unflatten(0, (count, -1))
     maps = net.encode_query(clips, torch.zeros(clips.shape[:2] + size, dtype=torch.bool, device=clips.device))
+    net.share(maps)
     sizes = torch.tensor([size] * count, device=clips.device)
     return [choose(ask(maps, sizes)) for ask in asks], size
 
 
 def choose(output: dict) -> list[Chosen]:
     """The answer to each of B windows among the network's outputs for them, in memory of its own."""
-    chosen = []
-    for logits, masks in zip(output["pred_logits"], output["pred_masks"], strict=True):
-        query, scores = select_query(logits)
-        chosen.append(Chosen(masks[:, query].to(torch.float32, copy=True), query, scores))
-    return chosen
+    windows = zip(output["pred_masks"], output["chosen"].tolist(), output["scores"], strict=True)
+    return [Chosen(masks.to(torch.float32, copy=True), query, scores) for masks, query, scores in windows]
 
 
 def repeat_text(text: TextFeatures, count: int) -> TextFeatures:

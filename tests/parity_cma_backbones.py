@@ -68,7 +68,7 @@ def check_resnet_joiner(case: dict, arrays: Mapping[str, np.ndarray], folder: Pa
     network = CMANet(backbone=build_backbone(name), text_encoder=text, encoder_layers=1, decoder_layers=1, ffn=8).eval()
     fill_by_name(network.backbone)
     frames, mask = normalised(arrays["in_frames"], arrays["in_size"])
-    maps = network.backbone[0].body(frames[0], clip_frames=frames.shape[1])
+    maps = network.backbone_maps(frames)
     query = network.encode_query(frames, mask)
     expect = Expect(case, arrays)
     assert torch.equal(query.stride4, maps[0])

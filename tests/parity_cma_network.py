@@ -30,6 +30,7 @@ from fewref.methods.layers.fusion import VisionLanguageFusion
 from fewref.methods.layers.mask_head import layer_masks
 from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.position import sine_anchors, sine_positions_1d, sine_positions_2d
+from fewref.methods.layers.query_net import select_queries
 from fewref.methods.text import build_text_encoder
 
 Arrays = Mapping[str, np.ndarray]
@@ -103,7 +104,7 @@ def check_model(case: dict, arrays: Arrays, folder: Path) -> None:
     hooks = [
         net.transformer.register_forward_pre_hook(lambda _, args: seen.update(maps=args[0])),
         net.transformer.register_forward_hook(lambda _, args, output: seen.update(decoded=output)),
-        net.pixel_decoder.register_forward_hook(lambda _, args, output: seen.update(features=output)),
+        net.pixel_decoder.mask_features.register_forward_hook(lambda _, args, output: seen.update(features=output)),
     ]
     output = forward(net, arrays)
     for hook in hooks:
@@ -154,7 +155,7 @@ def check_episode_inference(case: dict, arrays: Arrays, folder: Path) -> None:
 def check_postprocess(case: dict, arrays: Arrays, folder: Path) -> None:
     given, expect = inputs(arrays), Expect(case, arrays)
     size = tuple(given["size"].tolist())
-    query, _ = query_inference.select_query(given["pred_logits"])
+    query = select_queries(given["pred_logits"][None])[0].item()
     prob = query_inference.probabilities(given["pred_masks"][:, query], size)
     pred, truth = inference.masks_at_input(prob), inference.truth_at_input(given["gt"], size)
     j = region_similarity(pred.numpy(), truth.numpy())
@@ -255,11 +256,11 @@ def check_vl_block(case: dict, arrays: Arrays, folder: Path) -> None:
     t, h, w = case["t_h_w"]
 
     def maps(name: str) -> Tensor:
-        return given[name].transpose(0, 1).unflatten(1, (t, h, w)).permute(0, 1, 4, 2, 3)
+        return given[name].transpose(0, 1).unflatten(1, (t, h, w)).permute(0, 1, 4, 2, 3).flatten(0, 1)
 
     words, places = given["memory"].transpose(0, 1), given["pos"].transpose(0, 1)
-    out = block(maps("tgt"), maps("query_pos"), given["key_mask"], words, places, given["memory_mask"])
-    expect("out", out.permute(0, 1, 3, 4, 2).flatten(1, 3).transpose(0, 1))
+    out = block(maps("tgt"), maps("query_pos"), given["key_mask"].flatten(0, 1), words, places, given["memory_mask"])
+    expect("out", out.permute(0, 2, 3, 1).reshape(len(words), t * h * w, -1).transpose(0, 1))
     expect.finish()
 
 

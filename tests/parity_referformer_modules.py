@@ -154,12 +154,12 @@ def check_vl_block(case: dict, arrays: Arrays, folder: Path) -> None:
     grid = tuple(options[name] for name in "thw")
 
     def maps(name: str) -> Tensor:
-        return given[name].transpose(0, 1).unflatten(1, grid).permute(0, 1, 4, 2, 3)
+        return given[name].transpose(0, 1).unflatten(1, grid).permute(0, 1, 4, 2, 3).flatten(0, 1)
 
     words, places = given["memory"].transpose(0, 1), given["pos"].transpose(0, 1)
-    mask = given["tgt_mask"].unflatten(1, grid)
+    mask = given["tgt_mask"].unflatten(1, grid).flatten(0, 1)
     out = block(maps("tgt"), maps("query_pos"), mask, words, places, given["memory_mask"])
-    expect("output", out.permute(0, 1, 3, 4, 2).flatten(1, 3).transpose(0, 1))
+    expect("output", out.permute(0, 2, 3, 1).reshape(len(words), -1, out.shape[1]).transpose(0, 1))
     expect.finish()
 
 

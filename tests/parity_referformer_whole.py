@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from fewref.benchmark.davis import BACKGROUND_SCORE, refdavis_merge
 from fewref.methods.layers.backbone import build_backbone
 from fewref.methods.layers.pixels import normalise
-from fewref.methods.query_inference import answer_clip, probabilities, resize, resize_short_side, select_query
+from fewref.methods.layers.query_net import select_queries
+from fewref.methods.query_inference import answer_clip, probabilities, resize, resize_short_side
 from fewref.methods.referformer.net import ReferFormerNet, annotated_frames
 from fewref.methods.referformer.postprocess import frame_answers, ranked_answers
 from fewref.methods.text import build_text_encoder
@@ -88,14 +89,22 @@ def forward(net: ReferFormerNet, case: dict, arrays: Arrays, sizes: Tensor) -> d
 @torch.no_grad()
 def check_whole(case: dict, arrays: Arrays, folder: Path) -> None:
     net, seen, expect = build_net(case), {}, Expect(case, arrays)
+
+    def backbone_maps(frames: Tensor) -> list[Tensor]:
+        seen["maps"] = type(net).backbone_maps(net, frames)
+        return seen["maps"]
+
+    net.backbone_maps = backbone_maps
     hooks = [
-        net.backbone[0].body.register_forward_hook(lambda _, args, output: seen.update(maps=output)),
         net.transformer.register_forward_pre_hook(lambda _, args: seen.update(src=args[0])),
         net.transformer.register_forward_hook(lambda _, args, output: seen.update(decoded=output)),
-        net.pixel_decoder.register_forward_hook(lambda _, args, output: seen.update(mask_features=output)),
+        net.pixel_decoder.mask_features.register_forward_hook(
+            lambda _, args, output: seen.update(mask_features=output)
+        ),
         net.controller.register_forward_hook(lambda _, args, output: seen.update(controller_last=output[-1])),
     ]
     output = forward(net, case, arrays, torch.from_numpy(arrays["sizes"]))
+    del net.backbone_maps
     for hook in hooks:
         hook.remove()
     values = {name: output[name] for name in ("pred_logits", "pred_boxes", "pred_masks", "reference_points")}
@@ -125,7 +134,7 @@ def check_pipeline(case: dict, arrays: Arrays, folder: Path) -> None:
 
     def ask(maps: object, sizes: Tensor) -> dict:
         outputs.append(net(maps, None, sizes, text))
-        return outputs[-1]
+        return net(maps, None, sizes, text, chosen=True)
 
     frames = arrays["frames"].transpose(0, 3, 1, 2)
     (answer,) = answer_clip(net, frames, [ask], chunk=t, short_side=min(height, width))
@@ -143,7 +152,7 @@ def check_pipeline(case: dict, arrays: Arrays, folder: Path) -> None:
 
 def check_post_youtube(case: dict, arrays: Arrays, folder: Path) -> None:
     given, expect = inputs(case, arrays), Expect(case, arrays)
-    query, _ = select_query(given["pred_logits"][0])
+    query = select_queries(given["pred_logits"])[0].item()
     expect("selected_query", query)
     masks = arrays["pred_masks"][0, :, query]
     prob = probabilities(torch.from_numpy(masks), tuple(arrays["orig_size"].tolist()))
@@ -162,10 +171,15 @@ class Recorded(nn.Module):
     def encode_query(self, frames: Tensor, padding: Tensor) -> int:
         return frames.shape[1]
 
+    def share(self, frames: int) -> None:
+        """Nothing to do ahead of the sentences."""
+
     def ask(self, frames: int, sizes: Tensor) -> dict:
         part = slice(self.done, self.done + frames)
         self.done = part.stop
-        return {name: output[None, part] for name, output in self.outputs.items()}
+        logits, masks = (output[None, part] for output in self.outputs.values())
+        chosen, scores = select_queries(logits)
+        return {"chosen": chosen, "scores": scores, "pred_masks": masks[:, :, chosen[0]]}
 
 
 def check_post_davis(case: dict, arrays: Arrays, folder: Path) -> None:

@@ -80,9 +80,10 @@ def check_whole(case: dict, arrays: Arrays, folder: Path) -> None:
     net, expect, seen = build_net(case), Expect(case, arrays), {}
     streams, maps = iter(("", "pre_")), iter(("", "pre_"))
 
-    def note_maps(module: object, args: object, output: list[Tensor]) -> None:
-        prefix = next(maps)
-        seen.update({f"{prefix}res{stage}": output[stage - 2] for stage in (2, 3, 4, 5)})
+    def backbone_maps(frames: Tensor) -> list[Tensor]:
+        found, prefix = type(net).backbone_maps(net, frames), next(maps)
+        seen.update({f"{prefix}res{stage}": found[stage - 2] for stage in (2, 3, 4, 5)})
+        return found
 
     def encode(*args: object) -> object:
         prefix = next(streams)
@@ -96,17 +97,15 @@ def check_whole(case: dict, arrays: Arrays, folder: Path) -> None:
         return decoded
 
     TF2Transformer = type(net.transformer)
-    hooks = [
-        net.backbone[0].body.register_forward_hook(note_maps),
-        net.pixel_decoder.register_forward_hook(lambda _, args, output: seen.update(mask_features=output)),
-    ]
+    last = net.pixel_decoder.mask_features
+    hook = last.register_forward_hook(lambda _, args, output: seen.update(mask_features=output))
+    net.backbone_maps = backbone_maps
     net.transformer.encode, net.transformer.decode = encode, decode
     try:
         output = forward(net, arrays, case["notes"]["size_divisibility"])
     finally:
-        del net.transformer.encode, net.transformer.decode
-        for hook in hooks:
-            hook.remove()
+        del net.transformer.encode, net.transformer.decode, net.backbone_maps
+        hook.remove()
     for name in (*PREDICTIONS, "reference_points"):
         expect(name, output[name])
     for layer, earlier in enumerate(output["aux_outputs"]):
@@ -198,8 +197,8 @@ def check_tracking_model(case: dict, arrays: Arrays, folder: Path) -> None:
         return frame_tracker(frame, last, image)
 
     def decode(*args: object, **options: object) -> dict:
-        outputs.append(TF2Net.decode(net, *args, **options))
-        return outputs[-1]
+        outputs.append(TF2Net.decode(net, *args))
+        return TF2Net.decode(net, *args, **options)
 
     net.decode = decode
     try:

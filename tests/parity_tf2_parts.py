@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fewref.methods.layers.deformable_decoder import DeformableDecoderLayer, DeformableTransformer, Memory
 from fewref.methods.layers.pixels import normalise
-from fewref.methods.query_inference import probabilities, resize_short_side, select_query
+from fewref.methods.layers.query_net import select_queries
+from fewref.methods.query_inference import probabilities, resize_short_side
 from fewref.methods.referformer.clip_sampling import sample_clip
 from fewref.methods.tf2.pairing import keep_object, neighbours
 from fewref.methods.tf2.tracking import given_frames, schedule, track
@@ -135,7 +136,7 @@ def check_tracking_protocol(case: dict, arrays: Arrays, folder: Path) -> None:
 
         def tracker(frame: int, last: int, image: np.ndarray, frames=frames, trace=trace, queries=queries):
             logits, masks = stub(frames[frame], image)
-            query, _ = select_query(logits)
+            query = select_queries(logits[None])[0].item()
             trace.append((frame, last))
             queries.append(query)
             return (probabilities(masks[query], frames.shape[-2:]) > 0.5)[0].numpy()

@@ -141,11 +141,16 @@ def test_shared_maps_and_a_prepared_support_change_nothing(net: CMANet) -> None:
 
 
 @torch.no_grad()
-def test_without_auxiliary_outputs_the_last_layer_is_the_same(net: CMANet) -> None:
-    text, shot, query = sentence(net, 0), support(net, 1), clip(0)
-    short = net(*query, SIZES, text, shot, auxiliary=False)
-    assert "aux_outputs" not in short
-    assert_same(short, net(*query, SIZES, text, shot))
+def test_the_chosen_masks_are_those_of_the_surest_query(net: CMANet) -> None:
+    text, shot, maps = sentence(net, 0), support(net, 1), net.encode_query(*clip(0))
+    every = net(maps, None, SIZES, text, shot)
+    net.share(maps)
+    chosen = net(maps, None, SIZES, text, shot, chosen=True)
+    torch.testing.assert_close(chosen["pred_logits"], every["pred_logits"])
+    scores = every["pred_logits"].sigmoid().mean(1).amax(-1)
+    torch.testing.assert_close(chosen["scores"], scores)
+    assert chosen["chosen"].item() == scores.argmax()
+    torch.testing.assert_close(chosen["pred_masks"], every["pred_masks"][:, :, scores.argmax()], rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -150,13 +150,14 @@ def rewrite_level(
         if variant == "base":
             return query + fore
 
+    h, w = query.shape[3:]
     middle = query[:, t // 2]
     asked = tokens(qkv.query(query.flatten(0, 1))).unflatten(0, (b, t)).flatten(1, 2)  # (B,T*h*w,C/2)
     x = norm(asked + drop(affinity(asked, tokens(qkv.Key(middle)), tokens(qkv.Value(middle)))))
     if variant == "cma":
         if attention is not None:
-            attention.append(foreground_attention(x, keys, support[2]).unflatten(1, (t, *query.shape[3:])))
+            attention.append(foreground_attention(x, keys, support[2]).unflatten(1, (t, h, w)))
         x = norm(x + drop(affinity(x, keys, values)))
-    kept = conv_q((query if variant == "cma" else fore).flatten(0, 1)).unflatten(0, (b, t))
-    x = x.unflatten(1, (t, *query.shape[3:])).permute(0, 1, 4, 2, 3)
-    return torch.cat((x, kept.to(x.dtype)), dim=2)
+    kept = tokens(conv_q((query if variant == "cma" else fore).flatten(0, 1))).unflatten(0, (b, t))
+    rewritten = torch.cat((x.unflatten(1, (t, h * w)), kept.to(x.dtype)), dim=-1)  # the channels last, as convolutions
+    return rewritten.unflatten(2, (h, w)).permute(0, 1, 4, 2, 3)  # and the encoder want them

@@ -80,7 +80,7 @@ def answer_queries(
         if key not in prepared:
             prepared[key] = net.prepare_support(support, maps.shapes)
         shown = repeat_support(prepared[key], len(sizes))
-        return net(maps, None, sizes, repeat_text(text, len(sizes)), shown, auxiliary=False)
+        return net(maps, None, sizes, repeat_text(text, len(sizes)), shown, chosen=True)
 
     asks = [partial(ask, text) for text in texts]
     return answer_clip(net, frames, asks, chunk=chunk, short_side=short_side, batch=batch)

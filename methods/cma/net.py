@@ -102,7 +102,7 @@ class CMANet(QueryNet):
         sizes: Tensor,
         text: TextFeatures,
         support: SupportFeatures | PreparedSupport,
-        auxiliary: bool = True,
+        chosen: bool = False,
     ) -> dict:
         """Boxes and masks of every query in every frame (3.10).
 
@@ -122,7 +122,7 @@ class CMANet(QueryNet):
             maps.positions[1:],
             *self.object_queries(text.sentence, maps.projected[0].shape[1]),
         )
-        output = self.answer(maps, decoded, text, sizes, auxiliary)
+        output = self.answer(maps, decoded, text, sizes, chosen)
         if attention is not None:
             output["affinity"] = attention
         return output

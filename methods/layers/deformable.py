@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fewref.kernels.deformable_attention import Shapes, ms_deform_attn
+from fewref.kernels.dispatch import COMPILED, choose
+from fewref.methods.layers.mlp import Linear, feed_forward
+from fewref.methods.layers.piecewise import by_frame
 
 
 class MSDeformAttn(nn.Module):
@@ -18,10 +21,10 @@ class MSDeformAttn(nn.Module):
         if channels % heads:
             raise ValueError(f"{channels} channels cannot be divided among {heads} heads")
         self.levels, self.heads, self.points = levels, heads, points
-        self.sampling_offsets = nn.Linear(channels, heads * levels * points * 2)
-        self.attention_weights = nn.Linear(channels, heads * levels * points)
-        self.value_proj = nn.Linear(channels, channels)
-        self.output_proj = nn.Linear(channels, channels)
+        self.sampling_offsets = Linear(channels, heads * levels * points * 2)
+        self.attention_weights = Linear(channels, heads * levels * points)
+        self.value_proj = Linear(channels, channels)
+        self.output_proj = Linear(channels, channels)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -63,12 +66,34 @@ class MSDeformAttn(nn.Module):
 
         padding: bool (N,S), True where the source is to count as zero. Source: kernels specification 1.6.
         """
+        locations, weights = self.samples(query, references, shapes)
+        if self._samples_first(query, source):
+            return self.output_proj(self._project_samples(source, shapes, locations, weights, padding))
         value = self.value_proj(source)
         if padding is not None:
             value = value.masked_fill(padding[..., None], 0)
-        locations, weights = self.samples(query, references, shapes)
         value = value.unflatten(-1, (self.heads, -1))
         return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
+
+    def _samples_first(self, query: Tensor, source: Tensor) -> bool:
+        """Whether few samples, as in a decoder, make it cheaper to project these than all of the source."""
+        corners = 4 * query.shape[1] * self.heads * self.levels * self.points
+        few = corners * self.heads <= source.shape[1] * source.shape[2]
+        return few and choose("deformable_attention", source.device, source.dtype) in COMPILED
+
+    def _project_samples(
+        self, source: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor, padding: Tensor | None
+    ) -> Tensor:
+        """Sampling and projection exchanged, which are both linear: each head samples the source, then projects with
+        its own part of the matrix; the bias counts as much as there are weights inside (kernels specification 6.4)."""
+        inside = source.new_ones(*source.shape[:2], 1)
+        if padding is not None:
+            source, inside = (item.masked_fill(padding[..., None], 0) for item in (source, inside))
+        sampled = ms_deform_attn(source[:, :, None], shapes, locations, weights).unflatten(-1, (self.heads, -1))
+        share = ms_deform_attn(inside[:, :, None], shapes, locations, weights)[..., None]  # (N,Q,M,1)
+        matrices = self.value_proj.weight.unflatten(0, (self.heads, -1))  # (M,D,C)
+        projected = torch.einsum("nqmc,mdc->nqmd", sampled, matrices)
+        return (projected + share * self.value_proj.bias.view(self.heads, -1)).flatten(2)
 
 
 class DeformableEncoderLayer(nn.Module):
@@ -78,8 +103,8 @@ class DeformableEncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = MSDeformAttn(channels, levels, heads, points)
         self.norm1 = nn.LayerNorm(channels)
-        self.linear1 = nn.Linear(channels, ffn)
-        self.linear2 = nn.Linear(ffn, channels)
+        self.linear1 = Linear(channels, ffn)
+        self.linear2 = Linear(ffn, channels)
         self.norm2 = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
 
@@ -88,8 +113,7 @@ class DeformableEncoderLayer(nn.Module):
     ) -> Tensor:
         """x and positions (N,S,C), references (N,S,L,2), padding bool (N,S) -> (N,S,C)."""
         x = self.norm1(x + self.dropout(self.self_attn(x + positions, references, x, shapes, padding)))
-        hidden = self.dropout(self.linear1(x).relu_())
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        return self.norm2(x + self.dropout(feed_forward(x, self.linear1, self.linear2, self.dropout)))
 
 
 class DeformableEncoder(nn.Module):
@@ -104,9 +128,14 @@ class DeformableEncoder(nn.Module):
     ) -> Tensor:
         """x and positions (N,S,C), valid_ratios float32 (N,L,2), padding bool (N,S) -> (N,S,C)."""
         references = grid_references(shapes, valid_ratios)
-        for layer in self.layers:
-            x = layer(x, positions, references, shapes, padding)
-        return x
+
+        def run(x: Tensor, positions: Tensor, references: Tensor, padding: Tensor | None = None) -> Tensor:
+            for layer in self.layers:
+                x = layer(x, positions, references, shapes, padding)
+            return x
+
+        frames = (x, positions, references) + (() if padding is None else (padding,))
+        return by_frame(run, frames)
 
 
 def valid_ratio(mask: Tensor) -> Tensor:

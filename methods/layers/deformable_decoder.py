@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fewref.kernels.deformable_attention import Shapes
+from fewref.methods.layers.attention import Attention
 from fewref.methods.layers.deformable import DeformableEncoder, MSDeformAttn, valid_ratio
-from fewref.methods.layers.mlp import MLP, xavier_matrices
+from fewref.methods.layers.mlp import MLP, Linear, feed_forward, xavier_matrices
 from fewref.methods.layers.position import sine_anchors
 
 
@@ -33,10 +34,10 @@ class DeformableDecoderLayer(nn.Module):
         super().__init__()
         self.cross_attn = MSDeformAttn(channels, levels, heads, points)
         self.norm1 = nn.LayerNorm(channels)
-        self.self_attn = nn.MultiheadAttention(channels, heads, dropout=dropout, batch_first=True)
+        self.self_attn = Attention(channels, heads, dropout)
         self.norm2 = nn.LayerNorm(channels)
-        self.linear1 = nn.Linear(channels, ffn)
-        self.linear2 = nn.Linear(ffn, channels)
+        self.linear1 = Linear(channels, ffn)
+        self.linear2 = Linear(ffn, channels)
         self.norm3 = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
 
@@ -56,12 +57,11 @@ class DeformableDecoderLayer(nn.Module):
         (TF2 specification, section 2).
         """
         placed = x + positions
-        x = self.norm2(x + self.dropout(self.self_attn(placed, placed, x, need_weights=False)[0]))
+        x = self.norm2(x + self.dropout(self.self_attn(placed, placed, x)))
         for seen in (tracking, Memory(memory, shapes, padding)):
             if seen is not None:
                 x = self.norm1(x + self.dropout(self.cross_attn(x + positions, references, *seen)))
-        hidden = self.dropout(self.linear1(x).relu_())
-        return self.norm3(x + self.dropout(self.linear2(hidden)))
+        return self.norm3(x + self.dropout(feed_forward(x, self.linear1, self.linear2, self.dropout)))
 
 
 class DeformableDecoder(nn.Module):
@@ -186,7 +186,7 @@ class DeformableTransformer(nn.Module):
         self.encoder = DeformableEncoder(encoder_layers, *layer)
         self.decoder = DeformableDecoder(decoder_layers, *layer, use_dab=use_dab, refined=refined)
         if not use_dab:
-            self.reference_points = nn.Linear(channels, 2)
+            self.reference_points = Linear(channels, 2)
         self._reset_parameters()
         if refined:
             self.decoder.bbox_embed = nn.ModuleList(MLP(channels, channels, 4, 3) for _ in range(decoder_layers))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewref.methods.layers.mlp import xavier_matrices
+from fewref.methods.layers.attention import Attention
+from fewref.methods.layers.mlp import Linear, feed_forward, xavier_matrices
+from fewref.methods.layers.piecewise import by_frame
 
 REDUCTIONS = {1: 8, 2: 4, 3: 2, 4: 1}  # stage (1 = stride 4 ... 4 = stride 32) -> spatial reduction of self attention
 
@@ -15,10 +19,10 @@ class VisionLanguageBlock(nn.Module):
 
     def __init__(self, channels: int, heads: int, ffn: int, reduction: int, dropout: float = 0.1) -> None:
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(channels, heads, dropout=dropout, batch_first=True)
-        self.multihead_attn = nn.MultiheadAttention(channels, heads, dropout=dropout, batch_first=True)
-        self.linear1 = nn.Linear(channels, ffn)
-        self.linear2 = nn.Linear(ffn, channels)
+        self.self_attn = Attention(channels, heads, dropout)
+        self.multihead_attn = Attention(channels, heads, dropout)
+        self.linear1 = Linear(channels, ffn)
+        self.linear2 = Linear(ffn, channels)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(channels) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
         self.reduction = reduction
@@ -26,43 +30,48 @@ class VisionLanguageBlock(nn.Module):
     def forward(
         self, x: Tensor, positions: Tensor, mask: Tensor, words: Tensor, word_positions: Tensor, word_mask: Tensor
     ) -> Tensor:
-        """x and positions (B,T,C,h,w), mask bool (B,T,h,w) True on padding, words and word_positions (B,L,C),
-        word_mask bool (B,L) -> (B,T,C,h,w)."""
-        size, tokens = x.shape, _tokens(x)
-        tokens = self.norm1(tokens + self.dropout(self._look_around(x, positions, mask)))
-        found, _ = self.multihead_attn(
-            tokens + _tokens(positions), words + word_positions, words, key_padding_mask=word_mask, need_weights=False
-        )
-        tokens = self.norm2(tokens + self.dropout(found))
-        hidden = self.dropout(self.linear1(tokens).relu_())
-        tokens = self.norm3(tokens + self.dropout(self.linear2(hidden)))
-        return _maps(tokens, size[1], *size[3:])
+        """x and positions (B*T,C,h,w), mask bool (B*T,h,w) True on padding, words and word_positions (B,L,C),
+        word_mask bool (B,L) -> (B*T,C,h,w)."""
+        return self.read(self.look_around(x, positions, mask, len(words)), positions, words, word_positions, word_mask)
 
-    def _look_around(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Self attention of every pixel to every pixel of the clip, at 1/reduction of the size: tokens (B,T*h*w,C)."""
-        t, h, w = x.shape[1], *x.shape[3:]
+    def look_around(self, x: Tensor, positions: Tensor, mask: Tensor, batch: int) -> Tensor:
+        """The part before the words: self attention of every pixel to every pixel of its clip, of which there are
+        `batch`, at 1/reduction of the size, with residual and norm; as `forward`."""
+        h, w = x.shape[2:]
         small = (max(1, h // self.reduction), max(1, w // self.reduction))
-        placed = x + positions
+        coarse, placed = x, positions
         if self.reduction > 1:
-            x, placed = (F.interpolate(item.flatten(0, 1), small).unflatten(0, item.shape[:2]) for item in (x, placed))
-            mask = F.interpolate(mask.float(), small).bool()
-        placed = _tokens(placed)
-        found, _ = self.self_attn(placed, placed, _tokens(x), key_padding_mask=mask.flatten(1), need_weights=False)
-        if self.reduction > 1:
-            found = _maps(found, t, *small).flatten(0, 1)
-            found = F.interpolate(found, (h, w), mode="bilinear", align_corners=False)
-            found = _tokens(found.unflatten(0, (-1, t)))
-        return found
+            coarse, placed = F.interpolate(x, small), F.interpolate(positions, small)
+            mask = F.interpolate(mask[:, None].float(), small)[:, 0].bool()
+        coarse, placed = _tokens(coarse, batch), _tokens(coarse + placed, batch)
+        found = self.self_attn(placed, placed, coarse, mask.reshape(batch, -1))
+
+        def add(x: Tensor, found: Tensor) -> Tensor:
+            if self.reduction > 1:
+                found = F.interpolate(found, (h, w), mode="bilinear", align_corners=False)
+            return _maps(self.norm1(_tokens(x) + self.dropout(_tokens(found))), h, w)
+
+        return by_frame(add, (x, _maps(found, *small)))
+
+    def read(self, x: Tensor, positions: Tensor, words: Tensor, word_positions: Tensor, word_mask: Tensor) -> Tensor:
+        """The rest, which treats every pixel for itself; x as `look_around` gives it, all else as for `forward`."""
+        batch = len(words)
+        tokens = _tokens(x, batch)
+        found = self.multihead_attn(tokens + _tokens(positions, batch), words + word_positions, words, word_mask)
+        tokens = self.norm2(tokens + self.dropout(found))
+        hidden = feed_forward(tokens, self.linear1, self.linear2, self.dropout)
+        return _maps(self.norm3(tokens + self.dropout(hidden)), *x.shape[2:])
 
 
-def _tokens(maps: Tensor) -> Tensor:
-    """(B,T,C,h,w) -> (B,T*h*w,C)."""
-    return maps.permute(0, 1, 3, 4, 2).flatten(1, 3)
+def _tokens(maps: Tensor, batch: int | None = None) -> Tensor:
+    """(N,C,h,w) -> (N,h*w,C), or the frames of each of `batch` clips behind one another, (B,T*h*w,C)."""
+    tokens = maps.permute(0, 2, 3, 1)
+    return tokens.flatten(1, 2) if batch is None else tokens.reshape(batch, -1, maps.shape[1])
 
 
-def _maps(tokens: Tensor, t: int, h: int, w: int) -> Tensor:
-    """(B,T*h*w,C) -> (B,T,C,h,w)."""
-    return tokens.unflatten(1, (t, h, w)).permute(0, 1, 4, 2, 3)
+def _maps(tokens: Tensor, h: int, w: int) -> Tensor:
+    """(B,T*h*w,C) -> (B*T,C,h,w)."""
+    return tokens.reshape(-1, h, w, tokens.shape[-1]).permute(0, 3, 1, 2)
 
 
 class ConvNorm(nn.Conv2d):
@@ -107,7 +116,11 @@ class CrossModalFPN(nn.Module):
             xavier_matrices(block)
             self.add_module(f"cross_attn_{stage}", block)
 
-    def forward(
+    def forward(self, *inputs: object) -> Tensor:
+        """Mask features (B*T,outputs,h,w) at stride 4; arguments as of `pyramid`."""
+        return self.mask_features(self.pyramid(*inputs))
+
+    def pyramid(
         self,
         maps: list[Tensor],
         masks: list[Tensor],
@@ -115,18 +128,37 @@ class CrossModalFPN(nn.Module):
         words: Tensor,
         word_positions: Tensor,
         word_mask: Tensor,
+        finest: Tensor | None = None,
     ) -> Tensor:
         """maps (B*T,C_s,h,w), masks bool (B*T,h,w) and positions (B*T,C,h,w) at strides 4, 8, 16, 32; words and
-        word_positions (B,L,C), word_mask bool (B,L). Returns (B*T,outputs,h,w) at stride 4."""
-        batch, y = len(words), None
+        word_positions (B,L,C), word_mask bool (B,L). finest: what `look_around` gave of the first map, if it did.
+        Returns maps (B*T,C,h,w) at stride 4, of which `mask_features` is the last layer."""
+        y = None
         for stage in (4, 3, 2, 1):
-            x, mask, position = (items[stage - 1] for items in (maps, masks, positions))
-            x, mask, position = (
-                item.unflatten(0, (batch, -1)) for item in (getattr(self, f"adapter_{stage}")(x), mask, position)
-            )
-            block = getattr(self, f"cross_attn_{stage}")
-            x = block(x, position, mask, words, word_positions, word_mask).flatten(0, 1)
-            if y is not None:
-                x = x + F.interpolate(y, x.shape[-2:])
-            y = getattr(self, f"layer_{stage}")(x)
-        return self.mask_features(y)
+            if stage > 1 or finest is None:
+                x = self.look_around(stage, maps[stage - 1], masks[stage - 1], positions[stage - 1], len(words))
+            else:
+                x = finest
+            below = () if y is None else (y,)
+            y = by_frame(self._stage(stage), (x, positions[stage - 1], *below), (words, word_positions, word_mask))
+        return y
+
+    def _stage(self, stage: int) -> Callable[..., Tensor]:
+        """What a stage does with the words: x and positions (N,C,h,w), unless it is the first the map of the stage
+        below, and the words of each clip -> (N,C,h,w)."""
+        block, layer = getattr(self, f"cross_attn_{stage}"), getattr(self, f"layer_{stage}")
+
+        def run(x: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
+            *below, words, word_positions, word_mask = rest
+            x = block.read(x, positions, words, word_positions, word_mask)
+            return layer(x + F.interpolate(below[0], x.shape[-2:]) if below else x)
+
+        return run
+
+    def look_around(self, stage: int, x: Tensor, mask: Tensor, positions: Tensor, batch: int) -> Tensor:
+        """What a stage makes of its map before it sees the words: (B*T,C_s,h,w) -> (B*T,C,h,w).
+
+        That of stage 1, whose map no sentence has touched, serves all sentences of a clip.
+        """
+        x = by_frame(getattr(self, f"adapter_{stage}"), (x,))
+        return getattr(self, f"cross_attn_{stage}").look_around(x, positions, mask, batch)

@@ -21,18 +21,26 @@ def build_controller(
 
 
 def layer_masks(
-    features: Tensor, parameters: Tensor, boxes: Tensor | None, sizes: Tensor, width: int = 8, depth: int = 3
+    features: Tensor,
+    parameters: Tensor,
+    boxes: Tensor | None,
+    sizes: Tensor,
+    width: int = 8,
+    depth: int = 3,
+    projection: nn.Conv2d | None = None,
 ) -> Tensor:
     """Mask logits of all queries of all given decoder layers, in one pass over the features.
 
     features (N,C,h,w) at stride 4; parameters (layers,N,Q,G) from the controller; boxes (layers,N,Q,4) cxcywh in [0,1],
     of which the centre is used, or None for heads without coordinates; sizes (N,2), the unpadded input (H,W) in pixels;
-    width and depth: of the tiny network. Returns (layers,N,Q,h,w).
+    width and depth: of the tiny network; projection: a last layer that the features have yet to pass.
+    Returns (layers,N,Q,h,w).
     """
     layers, _, q, _ = parameters.shape
     by_frame = parameters.transpose(0, 1).flatten(1, 2)
     centres = None
     if boxes is not None:
         centres = (boxes[..., :2] * sizes.flip(-1).to(boxes)[:, None]).transpose(0, 1).flatten(1, 2)
-    logits = dynamic_mask_head(features, by_frame, centres, stride=4, width=width, layers=depth)
+    last = None if projection is None else (projection.weight, projection.bias)
+    logits = dynamic_mask_head(features, by_frame, centres, stride=4, width=width, layers=depth, projection=last)
     return logits.unflatten(1, (layers, q)).transpose(0, 1)

@@ -18,7 +18,7 @@ from fewref.methods.layers.deformable_decoder import Decoded, DeformableTransfor
 from fewref.methods.layers.fpn import CrossModalFPN
 from fewref.methods.layers.fusion import VisionLanguageFusion
 from fewref.methods.layers.mask_head import build_controller, layer_masks
-from fewref.methods.layers.mlp import MLP, FeatureResizer
+from fewref.methods.layers.mlp import MLP, FeatureResizer, Linear
 from fewref.methods.layers.position import sine_positions_1d, sine_positions_2d
 from fewref.methods.text import TextFeatures, encode_sentences
 
@@ -29,14 +29,16 @@ LEVELS = 4  # strides 8, 16, 32 and 64
 class QueryMaps:
     """What of a query clip does not depend on the sentence; N = B*T.
 
-    stride4: the raw backbone map (N,C4,h,w); projected: four maps (B,T,C,h,w) at strides 8 to 64;
-    masks bool (N,h,w) and positions float32 (N,C,h,w): five each, strides 4 to 64.
+    stride4: the raw backbone map (N,C4,h,w), None once shared; projected: four maps (B,T,C,h,w) at strides 8 to 64;
+    masks bool (N,h,w) and positions float32 (N,C,h,w): five each, strides 4 to 64. finest: what the pixel decoder makes
+    of `stride4` before it sees the words, where `QueryNet.share` has done that for several sentences.
     """
 
-    stride4: Tensor
+    stride4: Tensor | None
     projected: list[Tensor]
     masks: list[Tensor]
     positions: list[Tensor]
+    finest: Tensor | None = None
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -109,10 +111,10 @@ class QueryNet(nn.Module):
             refined=refined,
         )
         if refined:
-            self.class_embed = nn.ModuleList(nn.Linear(hidden, classes) for _ in range(decoder_layers))
+            self.class_embed = nn.ModuleList(Linear(hidden, classes) for _ in range(decoder_layers))
             self.bbox_embed = self.transformer.decoder.bbox_embed
         else:
-            self.class_embed = nn.ModuleList([nn.Linear(hidden, classes)] * decoder_layers)
+            self.class_embed = nn.ModuleList([Linear(hidden, classes)] * decoder_layers)
             self.bbox_embed = nn.ModuleList([MLP(hidden, hidden, 4, 3)] * decoder_layers)
         if use_dab:
             self.tgt_embed = nn.Embedding(queries, hidden)
@@ -153,33 +155,58 @@ class QueryNet(nn.Module):
         sizes = [item.shape[-2:] for item in (maps[0], *projected)]
         full = padding.flatten(0, 1)[:, None].float()
         masks = [F.interpolate(full, size)[:, 0].bool() for size in sizes]
-        positions = [sine_positions_2d(mask, self.hidden) for mask in masks]
+        positions = [self._positions(mask) for mask in masks]
         return QueryMaps(maps[0], projected, masks, positions)
 
+    def _positions(self, mask: Tensor) -> Tensor:
+        """Positions (N,C,h,w) of masks bool (N,h,w), one memory for all frames where these are equal."""
+        if torch.is_grad_enabled() or not bool((mask == mask[:1]).all()):
+            return sine_positions_2d(mask, self.hidden)
+        return sine_positions_2d(mask[:1], self.hidden).expand(len(mask), -1, -1, -1)
+
+    def share(self, maps: QueryMaps) -> None:
+        """Do what the pixel decoder does before it sees a sentence now, for all sentences asked about the clip; the raw
+        map is then let go."""
+        batch = maps.projected[0].shape[0]
+        maps.finest = self.pixel_decoder.look_around(1, maps.stride4, maps.masks[0], maps.positions[0], batch)
+        maps.stride4 = None
+
     def answer(
-        self, maps: QueryMaps, decoded: Decoded, text: TextFeatures, sizes: Tensor, auxiliary: bool = True
+        self,
+        maps: QueryMaps,
+        decoded: Decoded,
+        text: TextFeatures,
+        sizes: Tensor,
+        chosen: bool = False,
     ) -> dict:
         """Boxes and masks of every query in every frame, from what the transformer made of the clip.
 
         sizes int (B,2): the unpadded input (H,W). Returns pred_logits (B,T,Q,K), pred_boxes (B,T,Q,4) cxcywh in [0,1],
-        pred_masks (B,T,Q,h,w) logits at stride 4; with `auxiliary` also aux_outputs, the same of the earlier decoder
+        pred_masks (B,T,Q,h,w) logits at stride 4; aux_outputs, the same of the earlier decoder
         layers; in eval mode reference_points (B,T,Q,2), the centres which the last layer started from.
+
+        chosen: of the last layer only what a prediction takes: pred_logits, scores (B,Q), the mean of each query's
+        probability over the frames, chosen (B,), the query with the highest, and pred_masks (B,T,h,w), its masks.
         """
         b, t = maps.projected[0].shape[:2]
-        features = self._pixel_features(maps, decoded, text)
-        layers = self._predict(decoded, features, sizes.repeat_interleave(t, 0), auxiliary)
+        pyramid, sizes = self._pyramid(maps, decoded, text), sizes.repeat_interleave(t, 0)
+        if chosen:
+            return self._answer_chosen(decoded, pyramid, sizes, b)
+        layers = self._predict(decoded, self.pixel_decoder.mask_features(pyramid), sizes)
         layers = [{name: item.unflatten(0, (b, t)) for name, item in layer.items()} for layer in layers]
-        output = dict(layers[-1])
-        if auxiliary:
-            output["aux_outputs"] = layers[:-1]
+        output = {**layers[-1], "aux_outputs": layers[:-1]}
         if not self.training:
             output["reference_points"] = decoded.boxes[-2, ..., :2].unflatten(0, (b, t))
         return output
 
     def backbone_maps(self, frames: Tensor) -> list[Tensor]:
         """frames float (B,T,3,H,W), normalised -> raw maps (B*T,C,h,w) at strides 4, 8, 16 and 32."""
+        body, images = self.backbone[0].body, frames.flatten(0, 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            return list(self.backbone[0].body(frames.flatten(0, 1), clip_frames=frames.shape[1]))
+            if body.temporal or torch.is_grad_enabled() or images.device.type != "cpu":
+                return list(body(images, clip_frames=frames.shape[1]))
+            # What lies between the layers of one image fits the caches; of a whole clip it is most of the memory.
+            return _image_by_image(body, images)
 
     def project(self, maps: list[Tensor]) -> list[Tensor]:
         """Backbone maps at strides 4 to 32 -> projected maps (N,C,h,w) at strides 8 to 64 (the last from stride 32)."""
@@ -205,21 +232,36 @@ class QueryNet(nn.Module):
             anchors = anchors.repeat(self.num_patterns, 1)
         return content.expand(n, -1, -1), anchors
 
-    def _pixel_features(self, maps: QueryMaps, decoded: Decoded, text: TextFeatures) -> Tensor:
-        """Mask features (N,C,h,w) at stride 4 (3.8)."""
+    def _pyramid(self, maps: QueryMaps, decoded: Decoded, text: TextFeatures) -> Tensor:
+        """Maps (N,C,h,w) at stride 4 which become mask features by `pixel_decoder.mask_features` (3.8)."""
         inputs = [maps.stride4, *decoded.memory[:3]]
         places = sine_positions_1d(text.word_mask, self.hidden)
-        return self.pixel_decoder(inputs, maps.masks[:4], maps.positions[:4], text.words, places, text.word_mask)
+        words = (text.words, places, text.word_mask)
+        return self.pixel_decoder.pyramid(inputs, maps.masks[:4], maps.positions[:4], *words, maps.finest)
 
-    def _predict(self, decoded: Decoded, features: Tensor, sizes: Tensor, auxiliary: bool) -> list[dict[str, Tensor]]:
-        """Logits, boxes and masks (N,Q,...) of every decoder layer, or of the last alone (3.7, 3.9)."""
-        count = len(decoded.states)
-        wanted = range(count) if auxiliary else range(count - 1, count)
+    def _answer_chosen(self, decoded: Decoded, pyramid: Tensor, sizes: Tensor, batch: int) -> dict[str, Tensor]:
+        logits = self.class_embed[-1](decoded.states[-1]).float().unflatten(0, (batch, -1))
+        chosen, scores = select_queries(logits)
+        of_frame = torch.arange(len(sizes), device=chosen.device), chosen.repeat_interleave(logits.shape[1])
+        masks = layer_masks(
+            pyramid,
+            self.controller(decoded.states[-1][of_frame])[None, :, None],
+            decoded.boxes[-1][of_frame][None, :, None] if self.coordinates else None,
+            sizes,
+            self.mask_channels,
+            self.mask_layers,
+            self.pixel_decoder.mask_features,
+        )
+        masks = masks[0, :, 0].unflatten(0, (batch, -1))
+        return {"pred_logits": logits, "scores": scores, "chosen": chosen, "pred_masks": masks}
+
+    def _predict(self, decoded: Decoded, features: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Logits, boxes and masks (N,Q,...) of every decoder layer (3.7, 3.9)."""
         starts = [decoded.initial, *decoded.boxes]
         masks = layer_masks(
             features,
-            self.controller(decoded.states[wanted[0] :]),
-            decoded.boxes[wanted[0] :] if self.coordinates else None,
+            self.controller(decoded.states),
+            decoded.boxes if self.coordinates else None,
             sizes,
             self.mask_channels,
             self.mask_layers,
@@ -230,8 +272,28 @@ class QueryNet(nn.Module):
                 "pred_boxes": refine(self.bbox_embed[index](decoded.states[index]), starts[index]),
                 "pred_masks": mask,
             }
-            for index, mask in zip(wanted, masks, strict=True)
+            for index, mask in enumerate(masks)
         ]
+
+
+def select_queries(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Which query answers each of B windows: logits (B,T,Q,K) -> its index (B,), and the mean of each query's
+    probability over the frames, float32 (B,Q)."""
+    scores = logits.float().sigmoid().mean(1).amax(-1)
+    return scores.argmax(1), scores
+
+
+def _image_by_image(body: nn.Module, images: Tensor) -> list[Tensor]:
+    maps: list[Tensor] = []
+    for index, image in enumerate(images.split(1)):
+        found = body(image)
+        if not maps:
+            sizes = [(len(images), *item.shape[1:]) for item in found]
+            layout = {"dtype": found[0].dtype, "memory_format": torch.channels_last}
+            maps = [torch.empty(size, **layout) for size in sizes]
+        for item, whole in zip(found, maps, strict=True):
+            whole[index] = item[0]
+    return maps
 
 
 def _projections(channels: tuple[int, int, int, int], hidden: int) -> nn.ModuleList:

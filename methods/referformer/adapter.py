@@ -35,7 +35,7 @@ class ReferFormer(ClipMethod):
         """What the network says of a clip, per sentence; a network query is chosen per window."""
 
         def ask(text: TextFeatures, maps: QueryMaps, sizes: Tensor) -> dict:
-            return self.network(maps, None, sizes, repeat_text(text, len(sizes)), auxiliary=False)
+            return self.network(maps, None, sizes, repeat_text(text, len(sizes)), chosen=True)
 
         asks = [partial(ask, text) for text in texts]
         options = {"chunk": self.window, "short_side": self.short_side, "batch": self.batch}

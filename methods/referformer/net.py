@@ -34,7 +34,7 @@ class ReferFormerNet(QueryNet):
         padding: Tensor | None,
         sizes: Tensor,
         text: TextFeatures,
-        auxiliary: bool = True,
+        chosen: bool = False,
     ) -> dict:
         """Boxes and masks of every query in every frame, as `QueryNet.answer` returns them.
 
@@ -47,7 +47,7 @@ class ReferFormerNet(QueryNet):
             maps.positions[1:],
             *self.object_queries(text.sentence, maps.projected[0].shape[1]),
         )
-        return self.answer(maps, decoded, text, sizes, auxiliary)
+        return self.answer(maps, decoded, text, sizes, chosen)
 
     def episode(self, batch: Batch) -> dict:
         """Outputs for the query clips of a batch; a support is not looked at."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewref.methods.layers.pixels import normalise
 from fewref.methods.layers.query_net import QueryMaps
-from fewref.methods.query_inference import probabilities, resize_short_side, select_query
+from fewref.methods.query_inference import probabilities, resize_short_side
 from fewref.methods.text import TextFeatures
 from fewref.methods.tf2.net import Stream, TF2Net
 from fewref.methods.tf2.tracking import key_frame, track
@@ -55,10 +55,9 @@ class FrameTracker:
     def __call__(self, frame: int, last: int, image: np.ndarray) -> np.ndarray:
         """Mask bool (H,W) of a frame, given the tracking image uint8 (3,H,W) of frame `last`."""
         tracking = encode(self.net, resize_short_side(image[None], self.short_side), self.text)
-        output = self.net.decode(self.streams[frame], self._sizes(), self.text, tracking, auxiliary=False)
-        query, scores = select_query(output["pred_logits"][0])
-        logits = output["pred_masks"][0, :, query].float()
-        self.answer.logits[frame], self.answer.scores[frame] = logits[0], scores[query]
+        output = self.net.decode(self.streams[frame], self._sizes(), self.text, tracking, chosen=True)
+        logits = output["pred_masks"][0].float()
+        self.answer.logits[frame], self.answer.scores[frame] = logits[0], output["scores"].max()
         return cut(logits, self.frames.shape[-2:])[0]
 
     def _sizes(self) -> Tensor:
@@ -90,10 +89,10 @@ def bootstrap(net: TF2Net, frames: np.ndarray, text: TextFeatures, chunk: int) -
     logits, scores, streams = [], [], []
     for start in range(0, len(frames), chunk):
         stream = encode(net, frames[start : start + chunk], text)
-        output = net.decode(stream, sizes, text, None, auxiliary=False)
-        query, _ = select_query(output["pred_logits"][0])
-        logits.append(output["pred_masks"][0, :, query].float())
-        scores.append(output["pred_logits"][0, :, query].float().sigmoid().amax(-1))
+        output = net.decode(stream, sizes, text, None, chosen=True)
+        query = output["chosen"][0]
+        logits.append(output["pred_masks"][0].float())
+        scores.append(output["pred_logits"][0, :, query].sigmoid().amax(-1))
         streams.extend(split(stream))
     found = torch.cat(scores)
     return TrackedClip(torch.cat(logits), found, size, key_frame(found.tolist())), streams

@@ -47,7 +47,12 @@ class TF2Net(QueryNet):
         return Stream(maps, memory, valid_ratios)
 
     def decode(
-        self, current: Stream, sizes: Tensor, text: TextFeatures, tracking: Stream | None, auxiliary: bool = True
+        self,
+        current: Stream,
+        sizes: Tensor,
+        text: TextFeatures,
+        tracking: Stream | None,
+        chosen: bool = False,
     ) -> dict:
         """Boxes and masks as `QueryNet.answer` returns them; without a tracking stream those of ReferFormer.
 
@@ -57,7 +62,7 @@ class TF2Net(QueryNet):
         memory = None if tracking is None else tracking.memory
         queries = self.object_queries(text.sentence, frames)
         decoded = self.transformer.decode(current.memory, current.valid_ratios, *queries, memory)
-        return self.answer(current.maps, decoded, text, sizes, auxiliary)
+        return self.answer(current.maps, decoded, text, sizes, chosen)
 
     def forward(
         self,
@@ -67,13 +72,13 @@ class TF2Net(QueryNet):
         text: TextFeatures,
         tracking: Tensor | None,
         tracking_padding: Tensor | None,
-        auxiliary: bool = True,
+        chosen: bool = False,
     ) -> dict:
         """frames and tracking images float (B,T,3,H,W), normalised, each with its own H, W and padding bool (B,T,H,W);
         sizes int (B,2), the unpadded (H,W) of the frames. Returns what `decode` does."""
         current = self.encode_stream(frames, padding, text)
         earlier = None if tracking is None else self.encode_stream(tracking, tracking_padding, text)
-        return self.decode(current, sizes, text, earlier, auxiliary)
+        return self.decode(current, sizes, text, earlier, chosen)
 
     def episode(self, batch: Batch) -> dict:
         """Outputs for the clips of a batch; those of ReferFormer where it has no tracking images."""
