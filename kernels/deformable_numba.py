@@ -305,9 +305,10 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
     """
     call = _Call(value, shapes, locations, weights)
     n, q, m = locations.shape[:3]
-    output = torch.zeros(n, q, m * value.shape[3])
-    if value.numel() and locations.numel():
-        call.run(call.kernels[0], *call.arguments, _flat(output))
+    if not (value.numel() and locations.numel()):
+        return value.new_zeros(n, q, m * value.shape[3])
+    output = torch.empty(n, q, m * value.shape[3])
+    call.run(call.kernels[0], *call.arguments, _flat(output))
     return output.to(value.dtype)
 
 

@@ -74,6 +74,7 @@ choose._dynamo_marked_constant = True
 def report(device: torch.device | str, dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """What runs for each operator, with the reason in parentheses where the device's compiled form cannot.
 
+    J and F ("mask_scores") are counted in numpy, on packed bits, unless a GPU holds the masks, whatever is forced.
     Raises ValueError as `choose` does.
     """
     told, kind = {}, torch.device(device).type
@@ -83,7 +84,7 @@ def report(device: torch.device | str, dtype: torch.dtype = torch.float32) -> di
         if wanted and told[op] != wanted and _FORCED.get() is None and not os.environ.get(ENVIRONMENT):
             problem = import_problem(wanted)
             told[op] += f" ({problem})" if problem else ""
-    return told
+    return told if kind == "cuda" else told | {"mask_scores": "numpy"}
 
 
 @contextmanager
@@ -101,6 +102,11 @@ def using(backend: str | None) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+def plain() -> bool:
+    """Whether "reference" is forced, by `using` or FEWREF_KERNELS: then networks take no shortcut either."""
+    return (_FORCED.get() or os.environ.get(ENVIRONMENT)) == "reference"
 
 
 def _check_name(backend: str, source: str) -> None:

@@ -19,6 +19,7 @@ from fewref.kernels.dispatch import ENVIRONMENT, differentiable_twice, import_pr
 Shapes = list[tuple[int, int]]
 SHAPES = [(5, 7), (3, 4), (1, 2)]
 NO_NUMBA = import_problem("numba")
+NO_TRITON = import_problem("triton")
 needs_numba = pytest.mark.skipif(bool(NO_NUMBA), reason=NO_NUMBA or "numba is there")
 BACKENDS = ["reference", "bags", pytest.param("numba", marks=needs_numba)]
 
@@ -107,6 +108,20 @@ def test_it_is_its_definition(backend: str, number: int) -> None:
     for mine, true, scale in zip(got, want, (1, 1, 10, 1), strict=True):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.double(), true.double(), rtol=2e-5, atol=2e-5 * scale)
+
+
+@pytest.mark.skipif(bool(NO_TRITON), reason=NO_TRITON or "Triton is there")
+@pytest.mark.parametrize("planes", [None, 1])
+def test_triton_is_its_definition_through_the_operator(planes: int | None) -> None:
+    """A shared plane too, which the kernel itself does not know; where there is no GPU, in Triton's interpreter."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = Sizes([(4, 6), (2, 3)], 1, 5, 2, 2, 8, planes=planes)
+    *given, grad = draw(sizes, 17)
+    want = with_gradients(by_definition, tuple(given), sizes.shapes, grad)
+    moved = tuple(tensor.to(device) for tensor in given)
+    got = with_gradients(lambda *args: sample("triton", *args), moved, sizes.shapes, grad.to(device))
+    for mine, true in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.cpu().double(), true.double(), rtol=2e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -140,6 +140,7 @@ def test_the_report_names_every_operator() -> None:
         told = report("cpu")
     assert set(told) == set(OPS)
     assert {told[op] for op in OPS if op != "mask_scores"} == {"reference"}
+    assert told["mask_scores"] == "numpy"
     told = report("cpu", torch.bfloat16)
     assert told[SAMPLING].split()[0] in BACKENDS
     if find_spec("numba"):
