@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fewref.methods.layers.query_net import QueryNet
-from fewref.methods.parts import backbone_body, blocks, clip_blocks
+from fewref.methods.parts import backbone_body, blocks, clip_parts
 
 
 @contextmanager
@@ -21,14 +21,14 @@ def checkpointed(network: QueryNet) -> Iterator[None]:
     What else the gradients need is computed again, with the same dropout: outputs and gradients are those without.
     `backward` must be called before a weight is changed or exchanged. Names of the state dict stay.
     """
-    parts = [*blocks(backbone_body(network)), *clip_blocks(network)]
-    for part in parts:
-        part.forward = partial(_forget_inside, part.forward)
+    parts = [(block, "forward") for block in blocks(backbone_body(network))] + clip_parts(network)
+    for part, name in parts:
+        setattr(part, name, partial(_forget_inside, getattr(part, name)))
     try:
         yield
     finally:
-        for part in parts:
-            del part.forward
+        for part, name in parts:
+            delattr(part, name)
 
 
 def _forget_inside(forward: Callable, *args: Any, **kwargs: Any) -> Any:

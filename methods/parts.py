@@ -9,6 +9,7 @@ from torch import nn
 from fewref.methods.layers.query_net import QueryNet
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+Part = tuple[nn.Module, str]  # a module and the name of its method that is called
 
 
 def backbone_body(network: QueryNet) -> nn.Module:
@@ -16,9 +17,11 @@ def backbone_body(network: QueryNet) -> nn.Module:
     return network.backbone[0].body
 
 
-def clip_blocks(network: QueryNet) -> list[nn.Module]:
-    """Encoder layers and the blocks of the pixel decoder: what works on all pixels of a clip behind the backbone."""
-    return [*network.transformer.encoder.layers, *blocks(network.pixel_decoder)]
+def clip_parts(network: QueryNet) -> list[Part]:
+    """Encoder layers and the pixel decoder's convolutions and blocks: what works on all pixels behind the backbone."""
+    parts = [*network.transformer.encoder.layers, *blocks(network.pixel_decoder)]
+    halves = {part: [name for name in ("look_around", "read") if hasattr(part, name)] for part in parts}
+    return [(part, name) for part in parts for name in halves[part] or ("forward",)]
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
