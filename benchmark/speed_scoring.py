@@ -66,7 +66,9 @@ def scoring_table(frames: int = 192, seed: int = 0, rounds: int = 7, device: str
         f"{frames} frames of masks in memory, objects of {100 * truth.mean():.0f} % of the image, median of {rounds} "
         "rounds. A CPU second is one of one core, summed over the processes; OpenCV runs on one thread per process."
     )
-    return "\n".join([*lines, "", note])
+    from fewref.benchmark.speed_machine import machine_line  # brings PyTorch, which the processes do without
+
+    return "\n".join([*lines, "", note, "", machine_line()])
 
 
 def _rates(runs: Sequence[Callable[[], Timed]], frames: int, rounds: int) -> list[str]:

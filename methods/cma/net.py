@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewref.episodes.errors import InputError, near
+from fewref.kernels.dispatch import plain
 from fewref.methods.batch import Batch
 from fewref.methods.cma.affinity import (
     QKV,
@@ -81,7 +82,7 @@ class CMANet(QueryNet):
             raise ValueError(f"support masks of {[len(m) for m in masks]} frames do not match {b} clips of {s} frames")
         only_middle = self.variant == "cma"
         middle = slice(s // 2, s // 2 + 1)
-        if only_middle and not self.backbone[0].body.temporal:
+        if only_middle and not self.backbone[0].body.temporal and not plain():
             frames, s = frames[:, middle], 1
         maps = [item.unflatten(0, (b, s)) for item in self.backbone_maps(frames)]
         if only_middle and s > 1:

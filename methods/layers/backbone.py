@@ -21,6 +21,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from fewref.episodes.errors import InputError, near
+from fewref.kernels.dispatch import plain
 from fewref.methods.layers.swin import SWIN_SIZES, Swin
 from fewref.methods.layers.video_swin import VIDEO_SWIN_SIZES, VideoSwin
 from fewref.methods.weights import load_checkpoint, load_strict
@@ -47,7 +48,7 @@ class FrozenResNet(IntermediateLayerGetter):
         Without gradients the norms are folded into the convolutions, which then run with the channels last: on a CPU
         three times as fast, equal within rounding.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or plain():
             return list(super().forward(frames).values())
         x = frames.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(folded(self.conv1, self.bn1, x).relu_())

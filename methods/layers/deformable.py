@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fewref.kernels.deformable_attention import Shapes, ms_deform_attn
 from fewref.kernels.dispatch import COMPILED, choose
+from fewref.kernels.linear import linear
 from fewref.methods.layers.mlp import Linear, feed_forward
 from fewref.methods.layers.piecewise import by_frame
 
@@ -51,13 +52,18 @@ class MSDeformAttn(nn.Module):
         """
         n, q, _ = query.shape
         grouped = (n, q, self.heads, self.levels, self.points)
-        offsets = self.sampling_offsets(query).float().view(*grouped, 2)
         weights = self.attention_weights(query).float().view(n, q, self.heads, -1).softmax(-1).view(grouped)
         references = references.float()[:, :, None, :, None]  # (N,Q,1,L,1,2|4)
-        if references.shape[-1] == 2:
-            sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=query.device)
-            return references + offsets / sizes[:, None], weights
-        return references[..., :2] + offsets / self.points * references[..., 2:] * 0.5, weights
+        if references.shape[-1] == 4:
+            offsets = self.sampling_offsets(query).float().view(*grouped, 2)
+            return references[..., :2] + offsets / self.points * references[..., 2:] * 0.5, weights
+        # Dividing the weights is cheaper than dividing what they give; adding rows of many numbers, than many of two.
+        sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=query.device)
+        scale = (1 / sizes)[None, :, None].expand(self.heads, -1, self.points, -1).flatten()
+        layer = self.sampling_offsets
+        offsets = linear(query, layer.weight * scale[:, None], layer.bias * scale).float().view(n, q, self.heads, -1)
+        places = references.expand(-1, -1, -1, -1, self.points, -1).flatten(3)
+        return (places + offsets).view(*grouped, 2), weights
 
     def forward(
         self, query: Tensor, references: Tensor, source: Tensor, shapes: Shapes, padding: Tensor | None = None

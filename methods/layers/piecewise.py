@@ -11,12 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fewref.kernels.dispatch import plain
+
 CHUNK = 4096  # tokens that go through a chain of layers together
 
 
 def whole(x: Tensor) -> bool:
     """Whether work on `x` is better done in one piece."""
-    return torch.is_grad_enabled() or x.device.type != "cpu"
+    return torch.is_grad_enabled() or x.device.type != "cpu" or plain()
 
 
 def in_chunks(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fewref.kernels.dispatch import plain
 from fewref.methods.layers.deformable_decoder import Decoded, DeformableTransformer, refine
 from fewref.methods.layers.fpn import CrossModalFPN
 from fewref.methods.layers.fusion import VisionLanguageFusion
 from fewref.methods.layers.mask_head import build_controller, layer_masks
 from fewref.methods.layers.mlp import MLP, FeatureResizer, Linear
+from fewref.methods.layers.piecewise import whole
 from fewref.methods.layers.position import sine_positions_1d, sine_positions_2d
 from fewref.methods.text import TextFeatures, encode_sentences
 
@@ -160,7 +162,7 @@ class QueryNet(nn.Module):
 
     def _positions(self, mask: Tensor) -> Tensor:
         """Positions (N,C,h,w) of masks bool (N,h,w), one memory for all frames where these are equal."""
-        if torch.is_grad_enabled() or not bool((mask == mask[:1]).all()):
+        if torch.is_grad_enabled() or plain() or not bool((mask == mask[:1]).all()):
             return sine_positions_2d(mask, self.hidden)
         return sine_positions_2d(mask[:1], self.hidden).expand(len(mask), -1, -1, -1)
 
@@ -203,7 +205,7 @@ class QueryNet(nn.Module):
         """frames float (B,T,3,H,W), normalised -> raw maps (B*T,C,h,w) at strides 4, 8, 16 and 32."""
         body, images = self.backbone[0].body, frames.flatten(0, 1)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_backbone):
-            if body.temporal or torch.is_grad_enabled() or images.device.type != "cpu":
+            if body.temporal or whole(images):
                 return list(body(images, clip_frames=frames.shape[1]))
             # What lies between the layers of one image fits the caches; of a whole clip it is most of the memory.
             return _image_by_image(body, images)
@@ -284,15 +286,15 @@ def select_queries(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _image_by_image(body: nn.Module, images: Tensor) -> list[Tensor]:
+    """The maps of a backbone, the channels last in memory."""
     maps: list[Tensor] = []
     for index, image in enumerate(images.split(1)):
         found = body(image)
         if not maps:
-            sizes = [(len(images), *item.shape[1:]) for item in found]
             layout = {"dtype": found[0].dtype, "memory_format": torch.channels_last}
-            maps = [torch.empty(size, **layout) for size in sizes]
-        for item, whole in zip(found, maps, strict=True):
-            whole[index] = item[0]
+            maps = [torch.empty((len(images), *item.shape[1:]), **layout) for item in found]
+        for item, of_all in zip(found, maps, strict=True):
+            of_all[index] = item[0]
     return maps
 
 
