@@ -198,6 +198,13 @@ def test_an_expanded_value_is_never_copied_per_head() -> None:
 
 
 @needs_numba
+def test_more_positions_than_float32_counts_are_refused_in_one_line() -> None:
+    value = torch.zeros(1).expand(1, 2**24 + 1, 1, 1)
+    with pytest.raises(ValueError, match="16777217 positions are more than .* backend='pytorch'"):
+        ms_deform_attn(value, [(1, 2**24 + 1)], torch.ones(1, 1, 1, 1, 1, 2), torch.ones(1, 1, 1, 1, 1), "numba")
+
+
+@needs_numba
 @pytest.mark.parametrize("planes", [None, 1])
 def test_threads_change_no_bit(planes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from fewref.kernels import deformable_numba
