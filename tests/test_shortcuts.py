@@ -30,6 +30,7 @@ def every_shortcut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "WORTH", 1)
     monkeypatch.setattr(affinity, "ROWS", 50)
     monkeypatch.setattr(piecewise, "CHUNK", 37)
+    monkeypatch.setattr(piecewise, "SMALL", 1)
 
 
 def build(kind: type[QueryNet], backbone: str = "tiny_resnet", **options: object) -> QueryNet:

@@ -14,11 +14,12 @@ from torch import Tensor
 from fewref.kernels.dispatch import plain
 
 CHUNK = 4096  # tokens that go through a chain of layers together
+SMALL = 2**20  # numbers that fit the caches anyway
 
 
 def whole(x: Tensor) -> bool:
     """Whether work on `x` is better done in one piece."""
-    return torch.is_grad_enabled() or x.device.type != "cpu" or plain()
+    return torch.is_grad_enabled() or x.device.type != "cpu" or x.numel() < SMALL or plain()
 
 
 def in_chunks(function: Callable[..., Tensor], x: Tensor, *others: Tensor) -> Tensor:
