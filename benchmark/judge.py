@@ -132,9 +132,15 @@ def open_pool(workers: int) -> Iterator[Executor]:
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_follow_parent)
     try:
+        for _ in range(workers):
+            pool.submit(_begin)
         yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin() -> None:
+    """Nothing: a process that is to find this has imported what it needs, before the first answer waits for it."""
 
 
 def _follow_parent() -> None:

@@ -6,13 +6,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from fewref.benchmark.speed_machine import machine_line
+from fewref.benchmark.speed_machine import forget_peak, machine_line, peak_bytes
 from fewref.kernels.affinity import affinity
 from fewref.kernels.deformable_attention import Shapes, ms_deform_attn
 from fewref.kernels.dispatch import BACKENDS, choose
@@ -81,7 +80,7 @@ def _device_table(device: str, repeats: int, quick: bool, seed: int) -> str:
             seconds, extra = _race(case, what, backends, repeats)
             cells = [case.op.replace("_", " "), case.size, what]
             cells += [_cell(case, what, name, seconds, device) for name in offered]
-            memory = ["-" if extra[name] is None else f"{extra[name] / 1e6:.0f}" for name in backends]
+            memory = [f"{extra[name] / 1e6:.0f}" for name in backends]
             floor = f"{1e3 * case.floor(what):.3g}" if device == "cpu" else "-"
             lines.append("| " + " | ".join([*cells, floor, " / ".join(memory)]) + " |")
     return "\n".join(lines)
@@ -103,9 +102,7 @@ def _cell(case: Case, what: str, backend: str, seconds: dict[str, float], device
     return f"{1e3 * seconds[backend]:.3g} ms" + (f" ({', '.join(told)})" if told else "")
 
 
-def _race(
-    case: Case, what: str, backends: Sequence[str], repeats: int
-) -> tuple[dict[str, float], dict[str, float | None]]:
+def _race(case: Case, what: str, backends: Sequence[str], repeats: int) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds and extra bytes of each backend; RuntimeError where one's numbers differ from the first one's."""
     device, first = case.tensors[0].device, None
     for name in backends:
@@ -118,13 +115,13 @@ def _race(
         del results
     del first
     times: dict[str, list[float]] = {name: [] for name in backends}
-    extra: dict[str, list[float | None]] = {name: [] for name in backends}
+    extra: dict[str, list[float]] = {name: [] for name in backends}
     for _ in range(repeats):
         for name in backends:
             seconds, more = _measured(lambda name=name: _work(case, what, name), device)
             times[name].append(seconds)
             extra[name].append(more)
-    most = {name: None if None in grown else max(grown) for name, grown in extra.items()}
+    most = {name: max(grown) for name, grown in extra.items()}
     return {name: median(taken) for name, taken in times.items()}, most
 
 
@@ -137,14 +134,14 @@ def _work(case: Case, what: str, backend: str) -> list[Tensor]:
     return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output))]
 
 
-def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
+def _measured(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds of a call, the mean of several where it is short, and by how much it raises memory, see `_memory`."""
     before = _memory(device, forget=True)
     seconds = _seconds(call, device, 1)
     highest = _memory(device)
     if seconds < WORTH_TIMING:
         seconds = _seconds(call, device, min(100, int(WORTH_TIMING / seconds) + 1))
-    return seconds, None if before is None or highest is None else max(0, highest - before)
+    return seconds, max(0, highest - before)
 
 
 def _seconds(call: Callable[[], object], device: torch.device, calls: int) -> float:
@@ -163,21 +160,14 @@ def _seconds(call: Callable[[], object], device: torch.device, calls: int) -> fl
     return begin.elapsed_time(end) / 1e3 / calls
 
 
-def _memory(device: torch.device, forget: bool = False) -> float | None:
-    """The most bytes held since the last call with `forget`, which gives those held now; None without Linux's /proc."""
-    if device.type == "cuda":
-        if not forget:
-            return torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        if forget:
-            Path("/proc/self/clear_refs").write_text("5")
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    wanted = "VmRSS:" if forget else "VmHWM:"
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(wanted)), None)
+def _memory(device: torch.device, forget: bool = False) -> int:
+    """The most bytes held since the last call with `forget`, which gives those held now."""
+    if device.type != "cuda":
+        return forget_peak() if forget else peak_bytes()
+    if not forget:
+        return torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _copy_rate() -> float:

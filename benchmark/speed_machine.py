@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+PR_SET_THP_DISABLE = 41  # of Linux's prctl
 LIBRARIES = ("torch", "numpy", "numba", "triton", "opencv-python-headless")
 
 
@@ -37,6 +41,17 @@ def _version(name: str) -> str:
         return f"{name} {version(name)}"
     except PackageNotFoundError:
         return ""
+
+
+@contextmanager
+def without_huge_pages() -> Iterator[None]:
+    """Inside, new memory comes in pages of the usual size, whatever was asked for. Only Linux knows others."""
+    set_disabled = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: 0
+    set_disabled(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    try:
+        yield
+    finally:
+        set_disabled(PR_SET_THP_DISABLE, 0, 0, 0, 0)
 
 
 def forget_peak() -> int:

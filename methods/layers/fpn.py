@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,29 +129,36 @@ class CrossModalFPN(nn.Module):
         word_positions: Tensor,
         word_mask: Tensor,
         finest: Tensor | None = None,
+        finish: Callable[..., Tensor] | None = None,
+        given: Sequence[Tensor] = (),
     ) -> Tensor:
         """maps (B*T,C_s,h,w), masks bool (B*T,h,w) and positions (B*T,C,h,w) at strides 4, 8, 16, 32; words and
         word_positions (B,L,C), word_mask bool (B,L). finest: what `look_around` gave of the first map, if it did.
-        Returns maps (B*T,C,h,w) at stride 4, of which `mask_features` is the last layer."""
+        Returns maps (B*T,C,h,w) at stride 4, of which `mask_features` is the last layer; or, without ever holding
+        these, finish(maps, *given) (B*T,C',h,w), which treats every frame for itself, given (B*T,...)."""
         y = None
         for stage in (4, 3, 2, 1):
             if stage > 1 or finest is None:
                 x = self.look_around(stage, maps[stage - 1], masks[stage - 1], positions[stage - 1], len(words))
             else:
                 x = finest
-            below = () if y is None else (y,)
-            y = by_frame(self._stage(stage), (x, positions[stage - 1], *below), (words, word_positions, word_mask))
+            frames = [x, positions[stage - 1]] + ([] if y is None else [y]) + (list(given) if stage == 1 else [])
+            run = self._stage(stage, finish if stage == 1 else None)
+            y = by_frame(run, frames, (words, word_positions, word_mask))
         return y
 
-    def _stage(self, stage: int) -> Callable[..., Tensor]:
+    def _stage(self, stage: int, finish: Callable[..., Tensor] | None) -> Callable[..., Tensor]:
         """What a stage does with the words: x and positions (N,C,h,w), unless it is the first the map of the stage
-        below, and the words of each clip -> (N,C,h,w)."""
+        below, what `finish` is given, and the words of each clip -> (N,C,h,w)."""
         block, layer = getattr(self, f"cross_attn_{stage}"), getattr(self, f"layer_{stage}")
 
         def run(x: Tensor, positions: Tensor, *rest: Tensor) -> Tensor:
-            *below, words, word_positions, word_mask = rest
+            *others, words, word_positions, word_mask = rest
             x = block.read(x, positions, words, word_positions, word_mask)
-            return layer(x + F.interpolate(below[0], x.shape[-2:]) if below else x)
+            if stage < 4:
+                below, *others = others
+                x = x + F.interpolate(below, x.shape[-2:])
+            return layer(x) if finish is None else finish(layer(x), *others)
 
         return run
 

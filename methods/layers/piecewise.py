@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewref.kernels.dispatch import plain
 
-CHUNK = 4096  # tokens that go through a chain of layers together
+CHUNK = 2048  # tokens that go through a chain of layers together
 SMALL = 2**20  # numbers that fit the caches anyway
 
 

@@ -191,10 +191,10 @@ class QueryNet(nn.Module):
         probability over the frames, chosen (B,), the query with the highest, and pred_masks (B,T,h,w), its masks.
         """
         b, t = maps.projected[0].shape[:2]
-        pyramid, sizes = self._pyramid(maps, decoded, text), sizes.repeat_interleave(t, 0)
+        sizes = sizes.repeat_interleave(t, 0)
         if chosen:
-            return self._answer_chosen(decoded, pyramid, sizes, b)
-        layers = self._predict(decoded, self.pixel_decoder.mask_features(pyramid), sizes)
+            return self._answer_chosen(maps, decoded, text, sizes)
+        layers = self._predict(decoded, self.pixel_decoder(*self._of_decoder(maps, decoded, text)), sizes)
         layers = [{name: item.unflatten(0, (b, t)) for name, item in layer.items()} for layer in layers]
         output = {**layers[-1], "aux_outputs": layers[:-1]}
         if not self.training:
@@ -234,27 +234,26 @@ class QueryNet(nn.Module):
             anchors = anchors.repeat(self.num_patterns, 1)
         return content.expand(n, -1, -1), anchors
 
-    def _pyramid(self, maps: QueryMaps, decoded: Decoded, text: TextFeatures) -> Tensor:
-        """Maps (N,C,h,w) at stride 4 which become mask features by `pixel_decoder.mask_features` (3.8)."""
+    def _of_decoder(self, maps: QueryMaps, decoded: Decoded, text: TextFeatures) -> tuple:
+        """What the pixel decoder works on (3.8)."""
         inputs = [maps.stride4, *decoded.memory[:3]]
         places = sine_positions_1d(text.word_mask, self.hidden)
-        words = (text.words, places, text.word_mask)
-        return self.pixel_decoder.pyramid(inputs, maps.masks[:4], maps.positions[:4], *words, maps.finest)
+        return inputs, maps.masks[:4], maps.positions[:4], text.words, places, text.word_mask, maps.finest
 
-    def _answer_chosen(self, decoded: Decoded, pyramid: Tensor, sizes: Tensor, batch: int) -> dict[str, Tensor]:
-        logits = self.class_embed[-1](decoded.states[-1]).float().unflatten(0, (batch, -1))
+    def _answer_chosen(self, maps: QueryMaps, decoded: Decoded, text: TextFeatures, sizes: Tensor) -> dict[str, Tensor]:
+        logits = self.class_embed[-1](decoded.states[-1]).float().unflatten(0, maps.projected[0].shape[:2])
         chosen, scores = select_queries(logits)
         of_frame = torch.arange(len(sizes), device=chosen.device), chosen.repeat_interleave(logits.shape[1])
-        masks = layer_masks(
-            pyramid,
-            self.controller(decoded.states[-1][of_frame])[None, :, None],
-            decoded.boxes[-1][of_frame][None, :, None] if self.coordinates else None,
-            sizes,
-            self.mask_channels,
-            self.mask_layers,
-            self.pixel_decoder.mask_features,
-        )
-        masks = masks[0, :, 0].unflatten(0, (batch, -1))
+        given = [self.controller(decoded.states[-1][of_frame])[:, None], sizes]
+        given += [decoded.boxes[-1][of_frame][:, None]] if self.coordinates else []
+
+        def masks_of(pyramid: Tensor, parameters: Tensor, sizes: Tensor, boxes: Tensor | None = None) -> Tensor:
+            boxes = None if boxes is None else boxes[None]
+            shape, last = (self.mask_channels, self.mask_layers), self.pixel_decoder.mask_features
+            return layer_masks(pyramid, parameters[None], boxes, sizes, *shape, last)[0]
+
+        masks = self.pixel_decoder.pyramid(*self._of_decoder(maps, decoded, text), masks_of, given)
+        masks = masks[:, 0].unflatten(0, logits.shape[:2])
         return {"pred_logits": logits, "scores": scores, "chosen": chosen, "pred_masks": masks}
 
     def _predict(self, decoded: Decoded, features: Tensor, sizes: Tensor) -> list[dict[str, Tensor]]:
