@@ -215,7 +215,9 @@ def test_fast_ways_of_a_run_are_in_its_header(capsys, small, tmp_path):
     header = read_header(folder)
     assert header["defines"]["batch"] == 2
     assert header["defines"]["extras"] == {"protocol": "group", "kernels": "pytorch"}
-    assert set(header["environment"]["kernels"].values()) == {"pytorch"}
+    told = header["environment"]["kernels"]
+    assert {told.pop("mask_scores"), *told.values()} == {"numpy", "pytorch"}
+    assert set(told.values()) == {"pytorch"}
     assert "batch = 2, not None" in refused(capsys, [*plain, "--kernels", "pytorch"])
     assert "extras.kernels = 'pytorch', not None" in refused(capsys, [*plain, "--batch", "2"])
     shutil.rmtree(folder)
