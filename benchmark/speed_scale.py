@@ -194,7 +194,7 @@ def measure_growth(length: int, shots: int, rounds: int) -> Growth:
         marks.append(time.perf_counter())
         times.append((marks[1] - marks[0], marks[2] - marks[1]))
     adapt, predict = (median(column) for column in zip(*times, strict=True))
-    return Growth(adapt, predict, peak_bytes() - held)
+    return Growth(adapt, predict, max(1, peak_bytes() - held))  # freed memory of before may do for all of it
 
 
 def _children(count: int) -> ProcessPoolExecutor:
